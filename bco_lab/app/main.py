@@ -1,0 +1,84 @@
+"""The command `bco-lab`: Hydra composes, the run directory is prepared, a launcher runs it."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from bco_lab.app import run_directory
+from bco_lab.app.suggestions import explain_composition_error
+
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
+EXIT_USER_ERROR = 2
+
+
+def conf_folder() -> Path:
+    """The configuration folder: inside the package where it was installed, beside it in a source tree."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        sys.exit(guarded(lambda: COMMANDS[arguments[0]](arguments[1:])))
+    # Errors come back here instead of being printed by Hydra: one line for what a user can mend.
+    show_everything = bool(os.environ.get("HYDRA_FULL_ERROR"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_one)
+    sys.exit(guarded(application, show_everything=show_everything))
+
+
+def guarded(action: Callable[[], object], *, show_everything: bool = False) -> int:
+    """Run an action; turn what a user can mend into one line on standard error. Returns the exit status."""
+    try:
+        action()
+    except USER_ERRORS as error:
+        if show_everything:
+            traceback.print_exc()
+        message = explain_composition_error(error, conf_folder(), sys.argv[1:])
+        print(f"bco-lab: error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("bco-lab: interrupted; `bco-lab resume RUN_DIR` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_one(cfg: DictConfig) -> float | None:
+    """Hydra's task: one run, in the folder that Hydra chose. Returns the objective."""
+    from bco_lab.app import checks, launch
+
+    hydra_cfg = HydraConfig.get()
+    run_dir = Path(hydra_cfg.runtime.output_dir)
+    checks.check(cfg)
+    run_directory.prepare(run_dir, cfg, list(hydra_cfg.overrides.task))
+    return launch.launch(run_dir)
+
+
+def resume(arguments: list[str]) -> None:
+    """`bco-lab resume RUN_DIR`."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print("usage: bco-lab resume RUN_DIR\n\nGo on from the last whole checkpoint of a run that was interrupted.")
+        sys.exit(0 if "-h" in arguments or "--help" in arguments else EXIT_USER_ERROR)
+    from bco_lab.app import checks, launch
+
+    run_dir = Path(arguments[0]).resolve()
+    checks.check(run_directory.read_config(run_dir))
+    launch.launch(run_dir)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"resume": resume}
+
+
+if __name__ == "__main__":
+    main()

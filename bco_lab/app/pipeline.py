@@ -1,0 +1,312 @@
+"""One run from its folder's configuration to result.json; every process of a distributed run goes through here."""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from omegaconf import DictConfig, OmegaConf
+from transformers import ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from bco_lab.app import run_directory
+from bco_lab.app.checks import build
+from bco_lab.app.judge import Judge, fit_judge
+from bco_lab.app.samples import GenerationSettings, SampleComparison, compare_samples, generate_completions
+from bco_lab.app.tracking import MetricsFile, RunProgress, WandbMetrics, WandbRun, drop_steps_after
+from bco_lab.checkpoints import last_whole_checkpoint, step_of
+from bco_lab.config import BCOConfig
+from bco_lab.data.labels import check_both_classes
+from bco_lab.data.sources import FeedbackData
+from bco_lab.data.tokenization import TokenizationReport, tokenize_dataset
+from bco_lab.files import write_json
+from bco_lab.models import Policy, PolicySource
+from bco_lab.report.plots import plot_rewards
+from bco_lab.trainer import BCOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows of a run and what tokenisation did to them."""
+
+    train: Any
+    eval: Any
+    reports: dict[str, TokenizationReport]
+
+
+def run(run_dir: Path) -> None:
+    """Train what `run_dir/config.yaml` describes, or go on from its last whole checkpoint; ends with result.json."""
+    started = time.monotonic()
+    cfg = run_directory.read_config(run_dir)
+    arguments: BCOConfig = build(cfg, "trainer", output_dir=str(run_dir / run_directory.CHECKPOINTS))
+    state = PartialState()
+    log_to(run_dir, main=state.is_main_process)
+    try:
+        _run(run_dir, cfg, arguments, started)
+    except BaseException:
+        logger.debug("the run stopped", exc_info=True)  # the traceback is for run.log, the console gets one line
+        raise
+
+
+def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -> None:
+    source: PolicySource = build(cfg, "model")
+    data = load_data(cfg)
+    note_data(run_dir, data)
+    with PartialState().local_main_process_first():  # one process converts a model, the others read it
+        tokenizer = source.load_tokenizer()
+    rows = tokenized(data, tokenizer, arguments)
+    logger.info("Loading the model")
+    policy = source.load()
+    with Tracked(run_dir, cfg) as tracked:
+        trainer = make_trainer(cfg, policy, rows, arguments, tracked)
+        resumed_from = last_whole_checkpoint(run_dir / run_directory.CHECKPOINTS)
+        comparison = Comparison(run_dir, cfg, trainer, data)
+        before = comparison.before()
+        if resumed_from is not None:
+            logger.info("Resuming from %s", resumed_from.name)
+        if tracked.main:
+            drop_steps_after(run_dir / run_directory.METRICS, step_of(resumed_from) if resumed_from else 0)
+        trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
+        after = comparison.after()
+        trainer.save_model(str(run_dir / run_directory.MODEL))
+        if tracked.main:
+            result = collect(run_dir, cfg, trainer, before, after, comparison.samples(before, after))
+            result["tokenization"] = {name: vars(report) for name, report in rows.reports.items()}
+            finish(run_dir, tracked.wandb, result, started)
+        trainer.accelerator.wait_for_everyone()
+
+
+def log_to(run_dir: Path, *, main: bool) -> None:
+    """Messages to the console and, with time stamps and tracebacks, to run.log; only the main process speaks."""
+    root = logging.getLogger("bco_lab")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.DEBUG)
+    root.propagate = False
+    logging.captureWarnings(True)
+    file = logging.FileHandler(run_dir / run_directory.LOG, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setLevel(logging.DEBUG if main else logging.WARNING)
+    root.addHandler(file)
+    for name in ("py.warnings", "transformers"):
+        logging.getLogger(name).addHandler(file)
+    if main:
+        console = logging.StreamHandler(sys.stderr)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        console.setLevel(logging.INFO)
+        root.addHandler(console)
+    transformers_logging.set_verbosity_warning()
+
+
+def load_data(cfg: DictConfig) -> FeedbackData:
+    """Rows of the dataset group, weighed by the udm group.
+
+    Raises:
+        ValueError: A row that breaks a rule, or one class only.
+    """
+    data: FeedbackData = build(cfg, "udm").weigh(build(cfg, "dataset"))
+    check_both_classes(data.train["label"], f"dataset {data.name}, train")
+    held_out = len(data.eval) if data.eval is not None else 0
+    logger.info("%s: %d rows to train on, %d held out (split by %s)", data.name, len(data.train), held_out, data.split_by)
+    return data
+
+
+def note_data(run_dir: Path, data: FeedbackData) -> None:
+    """Write what the run trains on into environment.json."""
+    if PartialState().is_main_process:
+        environment = run_directory.read_environment(run_dir)
+        environment["data"] = {
+            "name": data.name,
+            "split_by": data.split_by,
+            "train_rows": len(data.train),
+            "eval_rows": len(data.eval) if data.eval is not None else 0,
+            "fingerprint": run_directory.data_fingerprint({"train": data.train, "eval": data.eval}),
+        }
+        write_json(run_dir / run_directory.ENVIRONMENT, environment)
+
+
+def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig) -> Rows:
+    """Tokenise both splits, so that a row that does not fit is found before a model is loaded."""
+    rows: dict[str, Any] = {"train": None, "eval": None}
+    reports: dict[str, TokenizationReport] = {}
+    for name, split in (("train", data.train), ("eval", data.eval)):
+        if split is not None and len(split):
+            rows[name], reports[name] = tokenize_dataset(
+                split,
+                tokenizer,
+                max_length=arguments.max_length,
+                max_completion_length=arguments.max_completion_length,
+                truncation=arguments.truncation,
+                num_proc=arguments.dataset_num_proc,
+                name=name,
+            )
+            report = reports[name]
+            if report.truncated or report.dropped:
+                logger.info(
+                    "%s: of %d rows %d truncated, %d dropped at max_length=%s (longest %d tokens)",
+                    *(name, report.rows, report.truncated, report.dropped, arguments.max_length, report.longest),
+                )
+    return Rows(rows["train"], rows["eval"], reports)
+
+
+class Tracked:
+    """The callbacks of a run; open, it also holds the W&B run of the main process."""
+
+    def __init__(self, run_dir: Path, cfg: DictConfig) -> None:
+        self.main = PartialState().is_main_process
+        self.wandb: WandbRun | None = None
+        self.callbacks: list[Any] = []
+        if self.main:
+            environment = run_directory.read_environment(run_dir)
+            config = OmegaConf.to_container(cfg, resolve=True)
+            assert isinstance(config, dict)
+            named = {str(key): value for key, value in config.items()}
+            self.wandb = WandbRun(build(cfg, "wandb"), run_dir, named, environment["wandb_run_id"])
+            self.callbacks = [MetricsFile(run_dir / run_directory.METRICS), WandbMetrics(self.wandb)]
+
+    def __enter__(self) -> "Tracked":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.wandb is not None:
+            self.wandb.finish({"status": "failed"})
+
+
+def make_trainer(cfg: DictConfig, policy: Policy, rows: Rows, arguments: BCOConfig, tracked: Tracked) -> BCOTrainer:
+    """Assemble the trainer from the components."""
+    optimizer = build(cfg, "optimizer")
+    trainer = BCOTrainer(
+        model=policy.model,
+        args=arguments,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
+        processing_class=policy.tokenizer,
+        peft_config=policy.peft_config,
+        callbacks=tracked.callbacks,
+        optimizer_cls_and_kwargs=(optimizer.func, optimizer.keywords),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RunProgress)
+    return trainer
+
+
+class Comparison:
+    """Held-out metrics and samples, before and after training."""
+
+    def __init__(self, run_dir: Path, cfg: DictConfig, trainer: BCOTrainer, data: FeedbackData) -> None:
+        self._file = run_dir / run_directory.BEFORE
+        self._trainer = trainer
+        self._data = data
+        self._settings: GenerationSettings = build(cfg, "generation")
+        self._main = trainer.accelerator.is_main_process
+
+    def before(self) -> dict[str, Any]:
+        """The untrained policy; a resumed run reads what its first start wrote."""
+        if self._file.is_file():
+            content: dict[str, Any] = json.loads(self._file.read_text())
+            self._trainer.accelerator.wait_for_everyone()
+            return content
+        content = self._look("before training")
+        if self._main:
+            write_json(self._file, content)
+        self._trainer.accelerator.wait_for_everyone()
+        return content
+
+    def after(self) -> dict[str, Any]:
+        """The trained policy."""
+        return self._look("after training")
+
+    def samples(self, before: dict[str, Any], after: dict[str, Any]) -> SampleComparison | None:
+        """Completions side by side, judged where the data bring rows to train a judge on."""
+        if not self._settings.count:
+            return None
+        return compare_samples(self._prompts(), before["completions"], after["completions"], self._judge())
+
+    def _look(self, when: str) -> dict[str, Any]:
+        trainer = self._trainer
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        completions: list[str] = []
+        if self._main and self._settings.count:
+            completions = generate_completions(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.processing_class,
+                self._prompts(),
+                description=f"Sampling {when}",
+                **self._settings.sampling(),
+            )
+        trainer.accelerator.wait_for_everyone()
+        return {"metrics": metrics, "completions": completions}
+
+    def _prompts(self) -> list[Any]:
+        rows = self._data.eval if self._data.eval is not None and len(self._data.eval) else self._data.train
+        return [rows[index % len(rows)]["prompt"] for index in range(self._settings.count)]
+
+    def _judge(self) -> Judge | None:
+        rows = self._data.judge
+        return None if rows is None else fit_judge(rows["text"], rows["label"], seed=self._settings.seed)
+
+
+def collect(
+    run_dir: Path,
+    cfg: DictConfig,
+    trainer: BCOTrainer,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    samples: SampleComparison | None,
+) -> dict[str, Any]:
+    """Everything that result.json says, but for the times."""
+    objective = after["metrics"].get(cfg.objective)
+    if objective is None and after["metrics"]:
+        raise ValueError(f"objective={cfg.objective} is not among the held-out metrics: {', '.join(after['metrics'])}")
+    last = [row for row in trainer.state.log_history if "loss" in row]
+    return {
+        "status": "finished",
+        "objective": objective,
+        "objective_name": cfg.objective,
+        "config_hash": run_directory.config_hash(cfg),
+        "steps": trainer.state.global_step,
+        "delta": trainer.reward_shift.delta,
+        "eval_rows": len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
+        "metrics": {
+            "before": _without_prefix(before["metrics"]),
+            "after": _without_prefix(after["metrics"]),
+            "train": last[-1] if last else {},
+        },
+        "samples": samples.to_dict() if samples is not None else None,
+        "wandb_mode": cfg.wandb.mode,
+        "paths": {
+            "run_dir": str(run_dir),
+            "model": str(run_dir / run_directory.MODEL),
+            "metrics": str(run_dir / run_directory.METRICS),
+        },
+    }
+
+
+def finish(run_dir: Path, wandb: WandbRun | None, result: dict[str, Any], started: float) -> None:
+    """Draw the picture, close W&B and write result.json, last of all."""
+    picture = plot_rewards(run_dir / run_directory.METRICS, run_dir / run_directory.PLOTS / "rewards.png")
+    result["paths"] |= {"plots": [str(picture)], "wandb": wandb.folder if wandb else None}
+    if wandb is not None:
+        wandb.log_image("rewards", picture)
+        if result["samples"]:
+            pairs = result["samples"]["pairs"]
+            wandb.log_table("samples", list(pairs[0]), [list(pair.values()) for pair in pairs])
+        wandb.finish({"objective": result["objective"], "status": "finished", **_flat(result["metrics"]["after"])})
+    result["wall_seconds"] = round(time.monotonic() - started, 1)
+    write_json(run_dir / run_directory.RESULT, result)
+
+
+def _without_prefix(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+
+def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {f"final/{name}": value for name, value in metrics.items()}

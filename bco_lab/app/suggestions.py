@@ -1,0 +1,67 @@
+"""Errors of composition, in words that help: an unknown key comes with the nearest known one."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+_NO_SUCH_KEY = re.compile(r"Could not override '([^']+)'")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the closest of `known`, or nothing if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain_composition_error(error: BaseException, folder: Path, arguments: Sequence[str]) -> str:
+    """One line for an error, with a suggestion where Hydra found a key that does not exist."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MissingMandatoryValue):
+        key = re.search(r"full_key: (\S+)", str(error))
+        return f"{key.group(1) if key else text} must be given"
+    match = _NO_SUCH_KEY.search(text)
+    if not isinstance(error, HydraException) or match is None:
+        return text
+    key = match.group(1)
+    fields = _trainer_fields() if key.startswith("trainer.") else set()
+    if key.removeprefix("trainer.") in fields:
+        return f"{key} is a field of BCOConfig that the YAML does not list: add it with a plus, +{key}=..."
+    known = _known_keys(folder, arguments) | {f"trainer.{name}" for name in fields}
+    return f"{key} is not a known key{nearest(key, known)} (all keys: bco-lab --cfg job)"
+
+
+def _trainer_fields() -> set[str]:
+    import dataclasses
+
+    from bco_lab.config import BCOConfig
+
+    return {field.name for field in dataclasses.fields(BCOConfig)}
+
+
+def _known_keys(folder: Path, arguments: Sequence[str]) -> set[str]:
+    """Every key of the configuration with the group choices of the command line, but none of its values."""
+    groups = {path.name for path in folder.iterdir() if path.is_dir()}
+    choices = [a for a in arguments if a.partition("=")[0].partition("/")[0] in groups and "." not in a.partition("=")[0]]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        try:
+            cfg = compose("config", overrides=choices, return_hydra_config=False)
+        except HydraException:
+            cfg = compose("config")
+    return set(_paths(cfg))
+
+
+def _paths(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
+    for key in cfg:
+        path = f"{prefix}{key}"
+        yield path
+        node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]
+        if isinstance(node, DictConfig):
+            yield from _paths(node, f"{path}.")

@@ -1,0 +1,112 @@
+"""BCOConfig: every setting of BCOTrainer, on top of transformers.TrainingArguments."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from bco_lab.losses import LOSS_REDUCTIONS
+from bco_lab.reward_shift import SHIFT_KINDS
+
+TRUNCATIONS = ("keep_start", "keep_end", "drop")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class BCOConfig(TrainingArguments):
+    """Arguments of BCOTrainer.
+
+    Holds all fields of `transformers.TrainingArguments`. Their defaults are kept except `logging_steps` (10),
+    `gradient_checkpointing` (True), `bf16` (True where the device is good at it and `fp16` is not set), `learning_rate`
+    (5e-7, the paper's for full fine-tuning) and `logging_nan_inf_filter` (False: a non-finite loss stops the run).
+
+    Raises:
+        ValueError: A field is out of its range; the message names field, value and rule.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = _option(5e-7, "Peak learning rate; LoRA needs one 100 to 1000 times the default.")
+    logging_steps: float = _option(10, "Optimizer steps between two logs; below 1 a share of all steps.")
+    logging_nan_inf_filter: bool = _option(False, "Kept for compatibility: BCOTrainer stops at a non-finite loss.")
+    gradient_checkpointing: bool | None = _option(
+        True, "Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    bf16: bool | None = _option(  # type: ignore[assignment]
+        None, "bfloat16 autocast; unset: on where the device is good at it and fp16 is not set."
+    )
+
+    max_length: int | None = _option(1024, "Hard cap on the tokens of prompt + completion, special tokens included.")
+    max_completion_length: int | None = _option(None, "Cap on the completion's tokens alone.")
+    truncation: str = _option(
+        "keep_start",
+        "Rows over max_length: keep_start cuts the completion's end, keep_end the prompt's start, drop leaves them out.",
+    )
+    beta: float = _option(0.1, "Pull towards the reference; higher means less deviation.")
+    reward_shift: str = _option(
+        "ema",
+        "Estimator of delta: ema (moving averages of both class means), trl (TRL's running mean), zero (none).",
+    )
+    reward_shift_decay: float = _option(0.9, "Share of the old moving average kept by each optimizer step (ema).")
+    loss_reduction: str = _option(
+        "class_balanced", "class_balanced: mean over desirable + mean over undesirable rows; pooled: one mean."
+    )
+    disable_dropout: bool = _option(True, "Switch off dropout in policy and reference; lora_dropout stays.")
+    precompute_ref_log_probs: bool = _option(
+        False, "Compute reference log-probs before the first step and keep no reference model in memory."
+    )
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Keyword arguments of from_pretrained where model or ref_model is a string."
+    )
+    trust_remote_code: bool = _option(False, "Run Python code that a model repository ships. Trust it first.")
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise the data.")
+    min_density_ratio: float = _option(0.5, "Lower clamp of the density ratio.")
+    max_density_ratio: float = _option(10.0, "Upper clamp of the density ratio.")
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _good_at_bf16()
+        names = {f.name for f in dataclasses.fields(self)}
+        if "activation_checkpointing" in names and getattr(self, "activation_checkpointing", None) is None:
+            # transformers >= 5.20 renamed the switch and warns about the old name, which is the documented one here
+            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            self.gradient_checkpointing_kwargs = None
+        super().__post_init__()
+
+    def _check(self) -> None:
+        _require(self.beta > 0, "beta", self.beta, "must be > 0")
+        for name, known in (
+            ("reward_shift", SHIFT_KINDS),
+            ("loss_reduction", LOSS_REDUCTIONS),
+            ("truncation", TRUNCATIONS),
+        ):
+            _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
+        _require(0 <= self.reward_shift_decay < 1, "reward_shift_decay", self.reward_shift_decay, "must be in [0, 1)")
+        for name in ("max_length", "max_completion_length", "dataset_num_proc"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "must be >= 1 or null")
+        _require(
+            0 < self.min_density_ratio <= self.max_density_ratio,
+            "min_density_ratio",
+            self.min_density_ratio,
+            f"must be in (0, max_density_ratio={self.max_density_ratio}]",
+        )
+
+
+def _require(holds: bool, name: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value} {rule}")
+
+
+def _good_at_bf16() -> bool:
+    # On a CPU without bfloat16 units autocast is slower than float32; there it stays a choice of the user.
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return hasattr(torch, "xpu") and torch.xpu.is_available()

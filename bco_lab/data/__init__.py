@@ -1,0 +1,17 @@
+"""From feedback logs to batches: sources, labels, splits, tokenization, collation."""
+
+from bco_lab.data.collation import FeedbackCollator
+from bco_lab.data.labels import check_both_classes, parse_label
+from bco_lab.data.sources import FeedbackData, load_jsonl, load_movie_reviews
+from bco_lab.data.tokenization import TokenizationReport, tokenize_dataset
+
+__all__ = [
+    "FeedbackCollator",
+    "FeedbackData",
+    "TokenizationReport",
+    "check_both_classes",
+    "load_jsonl",
+    "load_movie_reviews",
+    "parse_label",
+    "tokenize_dataset",
+]

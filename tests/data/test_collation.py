@@ -1,0 +1,46 @@
+import torch
+
+from bco_lab.data.collation import FeedbackCollator
+
+ROWS = [
+    {"input_ids": [5, 6, 7], "prompt_length": 1, "label": True, "example_id": 10},
+    {"input_ids": [8, 9, 3, 4, 2], "prompt_length": 3, "label": False, "example_id": 3},
+]
+
+
+def test_rows_are_padded_on_the_right_and_completions_marked() -> None:
+    batch = FeedbackCollator(pad_token_id=99)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 99, 99], [8, 9, 3, 4, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["completion_mask"].int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
+    assert batch["label"].tolist() == [True, False]
+    assert batch["example_id"].tolist() == [10, 3]
+    types = {key: value.dtype for key, value in batch.items()}
+    assert types == {
+        "input_ids": torch.int64,
+        "attention_mask": torch.int64,
+        "completion_mask": torch.bool,
+        "label": torch.bool,
+        "example_id": torch.int64,
+    }
+
+
+def test_a_pad_token_inside_a_row_is_still_attended_to() -> None:
+    batch = FeedbackCollator(pad_token_id=2)(ROWS)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 5]
+    assert batch["completion_mask"][1].tolist() == [False, False, False, True, True]
+
+
+def test_width_is_rounded_up_to_a_multiple() -> None:
+    batch = FeedbackCollator(pad_to_multiple_of=4)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0, 0, 0, 0], [8, 9, 3, 4, 2, 0, 0, 0]]
+    assert batch["completion_mask"].sum(dim=1).tolist() == [2, 2]
+    assert FeedbackCollator(pad_to_multiple_of=5)(ROWS)["input_ids"].shape[1] == 5
+
+
+def test_optional_columns_are_collated_only_if_the_rows_have_them() -> None:
+    rows = [row | {"ref_logps": -1.5, "example_weight": 2} for row in ROWS]
+    batch = FeedbackCollator()(rows)
+    assert batch["ref_logps"].tolist() == [-1.5, -1.5]
+    assert batch["example_weight"].tolist() == [2.0, 2.0]
+    assert batch["ref_logps"].dtype == batch["example_weight"].dtype == torch.float32
