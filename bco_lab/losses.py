@@ -1,16 +1,13 @@
 """The BCO loss: binary cross-entropy whose logit is the implicit reward (arXiv 2404.04656).
 
-    implicit_reward  r = beta * (log pi(y|x) - log pi_ref(y|x))
-    loss               = -w * log sigmoid(s * (r - delta)),    s = +1 desirable, -1 undesirable
+implicit_reward  r = beta * (log pi(y|x) - log pi_ref(y|x))
+loss               = -w * log sigmoid(s * (r - delta)),    s = +1 desirable, -1 undesirable
 """
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossReduction = Literal["class_balanced", "pooled"]
 LOSS_REDUCTIONS: tuple[str, ...] = ("class_balanced", "pooled")
 
 
@@ -49,7 +46,7 @@ def bco_loss(rewards: Tensor, labels: Tensor, delta: Tensor | float, example_wei
 
 
 def reduction_weights(
-    labels: Tensor, desirable_count: Tensor | float, undesirable_count: Tensor | float, reduction: LossReduction
+    labels: Tensor, desirable_count: Tensor | float, undesirable_count: Tensor | float, reduction: str
 ) -> Tensor:
     """What each example's loss is multiplied by, so that a plain sum over the whole optimizer step is the loss.
 

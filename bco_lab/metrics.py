@@ -64,7 +64,9 @@ class ExampleRecorder:
             The rows in order of arrival, and the auxiliary loss averaged over micro-batches (None without one).
         """
         width = len(COLUMNS)
-        rows = torch.cat(self._blocks) if self._blocks else torch.empty(0, width, dtype=wide_dtype(device), device=device)
+        rows = (
+            torch.cat(self._blocks) if self._blocks else torch.empty(0, width, dtype=wide_dtype(device), device=device)
+        )
         aux = torch.stack(self._aux).to(rows.dtype) if self._aux else rows.new_empty(0)
         # One collective carries both: auxiliary values ride along as rows without an example.
         riders = rows.new_full((aux.shape[0], width), float("nan"))

@@ -187,7 +187,7 @@ def check_location(name: str, *, weights: bool) -> None:
 
 def local_name(name: str) -> str:
     """What `from_pretrained` understands: hub ids and folders as they are, packaged GGUF files converted first."""
-    return str(converted_gguf(package_file(name))) if name.startswith(PACKAGE_SCHEME) else os.path.expanduser(name)
+    return str(converted_gguf(package_file(name))) if name.startswith(PACKAGE_SCHEME) else str(Path(name).expanduser())
 
 
 def package_file(name: str) -> Path:
@@ -247,7 +247,7 @@ def _convert_gguf(source: Path, target: Path, size: int) -> None:
         tokenizer.save_pretrained(half_done)
         (half_done / "source.json").write_text(json.dumps({"file": source.name, "bytes": size}) + "\n")
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(half_done, target)
+        half_done.replace(target)
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

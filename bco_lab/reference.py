@@ -21,8 +21,9 @@ Collator = Callable[[Sequence[dict[str, Any]]], Batch]
 def reference_mode(model: nn.Module, ref_adapter_name: str | None = None) -> Iterator[nn.Module]:
     """Turn `model` into its own reference while open, in eval mode and without gradients.
 
-    A PEFT model answers with its adapters switched off, or with `ref_adapter_name` switched on; any other model answers as
-    it stands. Everything is put back on leaving, also after an error, and no parameter changes whether it is trainable.
+    A PEFT model answers with its adapters switched off, or with `ref_adapter_name` switched on; any other model
+    answers as it stands. Everything is put back on leaving, also after an error, and no parameter changes whether it is
+    trainable.
     """
     training = model.training
     trainable = [(p, p.requires_grad) for p in model.parameters()]
@@ -37,7 +38,7 @@ def reference_mode(model: nn.Module, ref_adapter_name: str | None = None) -> Ite
 
 
 @contextmanager
-def _reference_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+def _reference_adapter(model: Any, name: str | None) -> Iterator[None]:
     if not hasattr(model, "disable_adapter"):
         yield
     elif name is None:

@@ -5,9 +5,8 @@ desirable completion more likely and every undesirable one less (arXiv 2404.0465
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-ShiftKind = Literal["ema", "trl", "zero"]
 SHIFT_KINDS: tuple[str, ...] = ("ema", "trl", "zero")
 
 
@@ -30,7 +29,7 @@ class RewardShift:
     `zero`: no state, plain binary cross-entropy.
     """
 
-    kind: ShiftKind = "ema"
+    kind: str = "ema"
     decay: float = 0.9
     desirable_mean: float = 0.0
     undesirable_mean: float = 0.0

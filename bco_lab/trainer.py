@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,44 +21,26 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from bco_lab import checkpoints
 from bco_lab.config import BCOConfig
 from bco_lab.data.collation import FeedbackCollator
-from bco_lab.data.tokenization import TokenizationReport, tokenize_dataset
-from bco_lab.data.weights import with_density_ratio
+from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.logps import completion_logps, output_head
 from bco_lab.losses import bco_loss, implicit_reward, reduction_weights
-from bco_lab.metrics import ExampleRecorder, ExampleTable, drop_repeats, summarize, wide_dtype
-from bco_lab.models import frozen_copy, load_named_model, local_name, prepare_policy, with_pad_token
+from bco_lab.metrics import ExampleRecorder, ExampleTable, drop_repeats, summarize
+from bco_lab.models import frozen_copy, with_pad_token
+from bco_lab.preparation import each_set, load_if_named, prepare_model, prepare_rows, tokenizer_of
 from bco_lab.reference import REF_LOGPS, add_ref_logps, reference_mode
 from bco_lab.reward_shift import RewardShift, RewardSums
+from bco_lab.steps import OptimizerStep, plan_step, reward_totals, true_rows
 
 MODEL_COLUMNS = ["input_ids", "prompt_length", "label", "example_id", REF_LOGPS, "example_weight"]
 _FILLER = -2.0  # marks rows that only make processes' tables equally long
-
-
-@dataclass
-class OptimizerStep:
-    """What is known of one optimizer step before its first forward pass.
-
-    Attributes:
-        true_rows: Per micro-batch of this process, `[batch]` bool, False for rows repeated only to fill a batch.
-        desirable_count: True desirable rows over all micro-batches and processes.
-        undesirable_count: The same for undesirable rows.
-        totals: This process's running `[5]`: reward sum and count of desirable rows, of undesirable rows, loss.
-        done: Micro-batches finished.
-    """
-
-    true_rows: list[Tensor]
-    desirable_count: float
-    undesirable_count: float
-    totals: Tensor
-    done: int = 0
 
 
 class BCOTrainer(Trainer):
     """Align a language model with unpaired thumbs-up and thumbs-down (arXiv 2404.04656).
 
     The loss is `-w * log sigmoid(s * (r - delta))` with the implicit reward `r = beta * (log pi - log pi_ref)`; see
-    `bco_lab.losses` for the equation, `bco_lab.reward_shift` for delta. Gradients, delta and metrics are those of the whole
-    optimizer step, however it is cut into micro-batches and processes.
+    `bco_lab.losses` for the equation, `bco_lab.reward_shift` for delta. Gradients, delta and metrics are those of the
+    whole optimizer step, however it is cut into micro-batches and processes.
 
     Args:
         model: The policy, or its hub id or folder.
@@ -68,8 +48,8 @@ class BCOTrainer(Trainer):
             `args.precompute_ref_log_probs` or a `ref_logps` column answers for it, else a frozen copy of the policy.
         args: Settings.
         train_dataset: Rows with `prompt`, `completion` and `label`, strings or chat messages; or rows that
-            `tokenize_dataset` prepared. A column `example_weight` weights rows, `p_desirable` is turned into the clamped
-            density ratio of undesirable rows.
+            `tokenize_dataset` prepared. A column `example_weight` weights rows, `p_desirable` is turned into the
+            clamped density ratio of undesirable rows.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer; None: the model's own.
         data_collator: Turns rows into a batch; None: right padding.
@@ -88,6 +68,8 @@ class BCOTrainer(Trainer):
     """
 
     args: BCOConfig
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -117,10 +99,10 @@ class BCOTrainer(Trainer):
             if model_init is None:
                 raise ValueError("pass model, its name, or model_init")
             model = model_init()
-        tokenizer = processing_class or _tokenizer_of(model, args)
-        policy = self._policy(model, args, peft_config, model_adapter_name)
+        tokenizer = processing_class or tokenizer_of(model, args)
+        policy = prepare_model(model, args, peft_config, model_adapter_name)
         self.ref_adapter_name = ref_adapter_name
-        self.reward_shift = RewardShift(kind=args.reward_shift, decay=args.reward_shift_decay)  # type: ignore[arg-type]
+        self.reward_shift = RewardShift(kind=args.reward_shift, decay=args.reward_shift_decay)
         self.tokenization: dict[str, TokenizationReport | None] = {}
         self._step: OptimizerStep | None = None
         self._train_rows, self._eval_rows = ExampleRecorder(), ExampleRecorder()
@@ -129,8 +111,8 @@ class BCOTrainer(Trainer):
             model=policy,
             args=args,
             data_collator=data_collator or FeedbackCollator(pad_token_id=with_pad_token(tokenizer).pad_token_id),
-            train_dataset=self._tokenized(train_dataset, tokenizer, args, "train"),
-            eval_dataset=_each(eval_dataset, "eval", lambda rows, name: self._tokenized(rows, tokenizer, args, name)),
+            train_dataset=self._prepared(train_dataset, "train", tokenizer, args),
+            eval_dataset=each_set(eval_dataset, "eval", lambda rows, name: self._prepared(rows, name, tokenizer, args)),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -142,53 +124,22 @@ class BCOTrainer(Trainer):
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.label_names = ["label"]
         self._aux_coef = float(getattr(policy.config, "router_aux_loss_coef", 0.0) or 0.0)
-        self.ref_model = self._reference_model(ref_model)
+        self.ref_model = self._reference_model(load_if_named(ref_model, args))
         if args.precompute_ref_log_probs:
             self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
-            self.eval_dataset = _each(self.eval_dataset, "eval", self._with_ref_logps)
+            self.eval_dataset = each_set(self.eval_dataset, "eval", self._with_ref_logps)
             self.ref_model = None
 
     # ---- set-up ----
 
-    @staticmethod
-    def _policy(model: Any, args: BCOConfig, peft_config: Any | None, adapter_name: str | None) -> Any:
-        if isinstance(model, str):
-            init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
-            model = load_named_model(model, init_kwargs, args.trust_remote_code)
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder model: BCOTrainer trains decoder-only models")
-        return prepare_policy(
-            model,
-            peft_config,
-            adapter_name=adapter_name,
-            checkpointing=bool(args.gradient_checkpointing),
-            dropout=not args.disable_dropout,
-        )
-
-    def _tokenized(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: BCOConfig, name: str) -> Any:
-        if dataset is None:
-            return None
-        weighted = with_density_ratio(
-            dataset, min_density_ratio=args.min_density_ratio, max_density_ratio=args.max_density_ratio, name=name
-        )
-        rows, self.tokenization[name] = tokenize_dataset(
-            weighted,
-            tokenizer,
-            max_length=args.max_length,
-            max_completion_length=args.max_completion_length,
-            truncation=args.truncation,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
+    def _prepared(self, dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: BCOConfig) -> Any:
+        rows, self.tokenization[name] = prepare_rows(dataset, tokenizer, args, name)
         return rows
 
     def _reference_model(self, ref_model: Any) -> nn.Module | None:
-        if isinstance(ref_model, str):
-            init_kwargs = self.args.model_init_kwargs if isinstance(self.args.model_init_kwargs, dict) else None
-            ref_model = load_named_model(ref_model, init_kwargs, self.args.trust_remote_code)
         if ref_model is None:
             own = self.args.precompute_ref_log_probs or hasattr(self.model, "peft_config")
-            datasets_ = [self.train_dataset, *(_values(self.eval_dataset))]
+            datasets_ = [self.train_dataset, *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset])]
             if own or all(REF_LOGPS in (d.column_names or []) for d in datasets_ if d is not None):
                 return None
             ref_model = frozen_copy(self.model)
@@ -232,26 +183,23 @@ class BCOTrainer(Trainer):
         return batches, torch.tensor(self._step.desirable_count + self._step.undesirable_count, device=device)
 
     def _plan_step(self, batches: list[dict[str, Tensor]], device: torch.device) -> OptimizerStep:
-        true_rows = [self._true_rows(index, batch["label"]) for index, batch in enumerate(batches)]
-        counts = torch.zeros(2, dtype=torch.float32, device=device)
-        for batch, true in zip(batches, true_rows, strict=True):
-            label, true = batch["label"].to(device), true.to(device)
-            counts += torch.stack([(label & true).sum(), (~label & true).sum()])
-        up, down = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return OptimizerStep(true_rows, up, down, torch.zeros(5, dtype=wide_dtype(device), device=device))
+        labels = [batch["label"] for batch in batches]
+        true = [self._true_rows(index, len(label)).to(label.device) for index, label in enumerate(labels)]
+        return plan_step(labels, true, device, self._sum_over_processes)
 
-    def _true_rows(self, micro_batch: int, labels: Tensor) -> Tensor:
-        """Which rows of the next step's micro-batch are not repeats that make the last batches of an epoch even."""
-        everything = torch.ones_like(labels, dtype=torch.bool)
+    def _true_rows(self, micro_batch: int, batch_size: int) -> Tensor:
         loader = self.callback_handler.train_dataloader
-        if self.accelerator.num_processes == 1 or loader is None or isinstance(self.train_dataset, IterableDataset):
-            return everything
+        processes = self.accelerator.num_processes
+        if processes == 1 or loader is None or isinstance(self.train_dataset, IterableDataset):
+            return torch.ones(batch_size, dtype=torch.bool)
         accumulation = self.args.gradient_accumulation_steps
         steps_per_epoch = max(1, math.ceil(len(loader) / accumulation))
         batch_in_epoch = (self.state.global_step % steps_per_epoch) * accumulation + micro_batch
-        dealt = (batch_in_epoch * self.accelerator.num_processes + self.accelerator.process_index) * len(labels)
-        position = dealt + torch.arange(len(labels), device=labels.device)
-        return position < len(self.train_dataset)
+        return true_rows(batch_size, batch_in_epoch, self.accelerator.process_index, processes, len(self.train_dataset))
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; after the step's last one, delta moves."""
@@ -259,7 +207,7 @@ class BCOTrainer(Trainer):
         step = self._step
         assert step is not None
         step.done += 1
-        if step.done == len(step.true_rows):
+        if step.finished:
             self._finish_step(step)
         return loss
 
@@ -271,16 +219,15 @@ class BCOTrainer(Trainer):
         step = self._step or self._plan_step([inputs], labels.device)
         true = step.true_rows[step.done].to(labels.device)
         columns, aux_loss = self._score(model, inputs)
-        totals = _reward_totals(columns["reward"], labels, true)
+        totals = reward_totals(columns["reward"], labels, true)
         if self.reward_shift.updates_before_use and model.training:
-            pooled = self.accelerator.reduce(totals, reduction="sum").tolist()
+            pooled = self._sum_over_processes(totals).tolist()
             self.reward_shift = self.reward_shift.update(RewardSums(*pooled))
         self._add_losses(columns)
-        counts = (step.desirable_count, step.undesirable_count)
-        shares = reduction_weights(labels, *counts, self.args.loss_reduction)  # type: ignore[arg-type]
+        shares = reduction_weights(labels, step.desirable_count, step.undesirable_count, self.args.loss_reduction)
         loss = (columns["loss"] * shares)[true].sum()
         if aux_loss is not None:
-            loss = loss + self._aux_coef * aux_loss * (true.sum() / max(sum(counts), 1.0))
+            loss = loss + self._aux_coef * aux_loss * (true.sum() / step.rows)
         step.totals += torch.cat([totals, loss.detach().to(totals.dtype).reshape(1)])
         self._train_rows.add({name: column[true] for name, column in columns.items()}, aux_loss)
         loss = loss * self.accelerator.num_processes
@@ -325,7 +272,7 @@ class BCOTrainer(Trainer):
 
     def _finish_step(self, step: OptimizerStep) -> None:
         # The one moment of a step when the host waits for the device.
-        *sums, loss = self.accelerator.reduce(step.totals, reduction="sum").tolist()
+        *sums, loss = self._sum_over_processes(step.totals).tolist()
         if not all(math.isfinite(value) for value in (*sums, loss)):
             self._stop_at_non_finite()
         if not self.reward_shift.updates_before_use:
@@ -338,10 +285,10 @@ class BCOTrainer(Trainer):
         where = f"step {self.state.global_step + 1}"
         if not bool(bad.any()):
             raise FloatingPointError(f"{where}: the loss is not finite (aux_loss={aux_loss})")
-        first = int(bad.nonzero()[0])
+        row = {name: column[bad][0].item() for name, column in table._asdict().items()}
         raise FloatingPointError(
-            f"{where}: example_id={int(table.example_id[first])} has reward {table.reward[first].item()} and loss "
-            f"{table.loss[first].item()} (logps {table.logps[first].item()}, ref_logps {table.ref_logps[first].item()}); "
+            f"{where}: example_id={row['example_id']} has reward {row['reward']} and loss {row['loss']} "
+            f"(logps {row['logps']}, ref_logps {row['ref_logps']}, weight {row['weight']}); "
             f"{int(bad.sum())} example(s) in all. A lower learning_rate or max_grad_norm usually helps"
         )
 
@@ -373,13 +320,38 @@ class BCOTrainer(Trainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    def reference_metrics(self) -> dict[str, float]:
+        """What `evaluate()` says of the reference itself, from the column `ref_logps`, without a forward pass.
+
+        Every reward of the reference is 0, by definition; a policy that has not been trained is the reference.
+
+        Raises:
+            ValueError: There is no single evaluation set with reference log-probs.
+        """
+        rows = self.eval_dataset
+        if not isinstance(rows, Dataset) or REF_LOGPS not in rows.column_names:
+            raise ValueError("reference_metrics needs one eval_dataset with ref_logps (precompute_ref_log_probs=True)")
+        columns = {name: torch.tensor(rows[name]) for name in ("example_id", "label", REF_LOGPS)}
+        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
+        columns["tokens"] = lengths - torch.tensor(rows["prompt_length"])
+        columns["logps"] = columns[REF_LOGPS]
+        columns["reward"] = torch.zeros_like(columns["logps"])
+        weighted = "example_weight" in rows.column_names
+        columns["weight"] = torch.tensor(rows["example_weight"]) if weighted else torch.ones_like(columns["logps"])
+        columns["delta"] = torch.zeros_like(columns["logps"])
+        columns["loss"] = bco_loss(columns["reward"], columns["label"], 0.0, columns["weight"])
+        table = ExampleTable(**{k: v.double() if v.is_floating_point() else v for k, v in columns.items()})
+        metrics = self._metrics(table, None)
+        metrics["loss"] = metrics.pop("bco_loss")
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
     def _metrics(self, table: ExampleTable, aux_loss: float | None) -> dict[str, float]:
         metrics = summarize(table)
         shares = reduction_weights(
             table.label,
             metrics["count/chosen"],
             metrics["count/rejected"],
-            self.args.loss_reduction,  # type: ignore[arg-type]
+            self.args.loss_reduction,
         )
         metrics["bco_loss"] = (table.loss * shares).sum().item()
         if aux_loss is not None:
@@ -412,7 +384,7 @@ class BCOTrainer(Trainer):
     ) -> dict[str, float]:
         """Metrics on `eval_dataset` (raw or prepared rows, or a dict of them) or on the trainer's own."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = _each(eval_dataset, "eval", self._late)
+            eval_dataset = each_set(eval_dataset, "eval", self._late)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
@@ -420,7 +392,7 @@ class BCOTrainer(Trainer):
         return super().predict(self._late(test_dataset, "test"), ignore_keys, metric_key_prefix)
 
     def _late(self, dataset: Any, name: str) -> Any:
-        return self._tokenized(dataset, self.processing_class, self.args, name)
+        return self._prepared(dataset, name, self.processing_class, self.args)
 
     # ---- checkpoints ----
 
@@ -454,32 +426,3 @@ class BCOTrainer(Trainer):
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
-
-
-def _reward_totals(rewards: Tensor, labels: Tensor, true: Tensor) -> Tensor:
-    """`[4]`: reward sum and count of true desirable rows, then of true undesirable rows."""
-    values = rewards.detach().to(wide_dtype(rewards.device))
-    up, down = labels & true, ~labels & true
-    return torch.stack([values[up].sum(), up.sum().to(values), values[down].sum(), down.sum().to(values)])
-
-
-def _tokenizer_of(model: Any, args: BCOConfig) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    if not name:
-        raise ValueError("processing_class is needed: the model does not say which tokenizer is its own")
-    revision = args.model_init_kwargs.get("revision") if isinstance(args.model_init_kwargs, dict) else None
-    tokenizer = AutoTokenizer.from_pretrained(
-        local_name(name), revision=revision, trust_remote_code=args.trust_remote_code
-    )
-    return with_pad_token(tokenizer)
-
-
-def _values(dataset: Any) -> list[Any]:
-    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
-
-
-def _each(dataset: Any, name: str, prepare: Callable[[Any, str], Any]) -> Any:
-    """`prepare` a data set, or each of a dict of them under its own name."""
-    if isinstance(dataset, dict):
-        return {key: prepare(rows, f"{name} {key}") for key, rows in dataset.items()}
-    return prepare(dataset, name)

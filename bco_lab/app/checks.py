@@ -35,9 +35,9 @@ def check(cfg: DictConfig) -> None:
 
 def check_keys(cfg: DictConfig) -> None:
     """Every key must be one that its target takes, also one that was added with `+`."""
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in TOP_LEVEL:
-            raise ValueError(f"{key} is not a known key{nearest(str(key), TOP_LEVEL)}")
+            raise ValueError(f"{key} is not a known key{nearest(key, TOP_LEVEL)}")
     for group in (*GROUPS, "generation"):
         if not isinstance(cfg.get(group), DictConfig):
             raise ValueError(f"{group} must be a group of settings, not {cfg.get(group)!r}")
@@ -45,16 +45,16 @@ def check_keys(cfg: DictConfig) -> None:
 
 
 def _check_node(node: DictConfig, path: str) -> None:
-    for key in node:
-        if any(secret in str(key).lower() for secret in _SECRETS) and node.get(key):
+    for key in map(str, node):
+        if any(secret in key.lower() for secret in _SECRETS) and node.get(key):
             raise ValueError(f"{path}.{key} would be written into the run directory: give secrets in the environment")
     if "_target_" in node:
         known = _parameters(node["_target_"], path)
-        for key in node:
+        for key in map(str, node):
             if known is not None and key not in known | _INSTANTIATE_KEYS:
                 suggestion = nearest(f"{path}.{key}", [f"{path}.{name}" for name in known])
                 raise ValueError(f"{path}.{key} is not a known key of {node['_target_']}{suggestion}")
-    for key in node:
+    for key in map(str, node):
         child = None if OmegaConf.is_missing(node, key) else node.get(key)
         if isinstance(child, DictConfig):
             _check_node(child, f"{path}.{key}")

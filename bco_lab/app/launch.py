@@ -59,7 +59,9 @@ class DistributedLauncher:
             environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
         finished = subprocess.run([*command, "-m", "bco_lab.app.worker", str(run_dir)], env=environment)
         if finished.returncode != 0:
-            raise ChildProcessError(f"a worker failed with status {finished.returncode}; see {run_dir / run_directory.LOG}")
+            raise ChildProcessError(
+                f"a worker failed with status {finished.returncode}; see {run_dir / run_directory.LOG}"
+            )
 
     def _accelerate(self, devices: int) -> list[str]:
         if devices < self.num_processes:

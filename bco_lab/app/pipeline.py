@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -115,7 +114,9 @@ def load_data(cfg: DictConfig) -> FeedbackData:
     data: FeedbackData = build(cfg, "udm").weigh(build(cfg, "dataset"))
     check_both_classes(data.train["label"], f"dataset {data.name}, train")
     held_out = len(data.eval) if data.eval is not None else 0
-    logger.info("%s: %d rows to train on, %d held out (split by %s)", data.name, len(data.train), held_out, data.split_by)
+    logger.info(
+        "%s: %d rows to train on, %d held out (split by %s)", data.name, len(data.train), held_out, data.split_by
+    )
     return data
 
 
@@ -139,7 +140,7 @@ def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig) -> Rows:
     reports: dict[str, TokenizationReport] = {}
     for name, split in (("train", data.train), ("eval", data.eval)):
         if split is not None and len(split):
-            rows[name], reports[name] = tokenize_dataset(
+            rows[name], report = tokenize_dataset(
                 split,
                 tokenizer,
                 max_length=arguments.max_length,
@@ -148,7 +149,8 @@ def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig) -> Rows:
                 num_proc=arguments.dataset_num_proc,
                 name=name,
             )
-            report = reports[name]
+            assert report is not None
+            reports[name] = report
             if report.truncated or report.dropped:
                 logger.info(
                     "%s: of %d rows %d truncated, %d dropped at max_length=%s (longest %d tokens)",
@@ -214,7 +216,10 @@ class Comparison:
             content: dict[str, Any] = json.loads(self._file.read_text())
             self._trainer.accelerator.wait_for_everyone()
             return content
-        content = self._look("before training")
+        # An untrained policy is the reference: its figures need no forward pass.
+        metrics = self._trainer.reference_metrics() if self._trainer.eval_dataset is not None else {}
+        self._trainer.log(dict(metrics))
+        content = {"metrics": metrics, "completions": self._sample("before training")}
         if self._main:
             write_json(self._file, content)
         self._trainer.accelerator.wait_for_everyone()
@@ -222,7 +227,8 @@ class Comparison:
 
     def after(self) -> dict[str, Any]:
         """The trained policy."""
-        return self._look("after training")
+        metrics = self._trainer.evaluate() if self._trainer.eval_dataset is not None else {}
+        return {"metrics": metrics, "completions": self._sample("after training")}
 
     def samples(self, before: dict[str, Any], after: dict[str, Any]) -> SampleComparison | None:
         """Completions side by side, judged where the data bring rows to train a judge on."""
@@ -230,20 +236,19 @@ class Comparison:
             return None
         return compare_samples(self._prompts(), before["completions"], after["completions"], self._judge())
 
-    def _look(self, when: str) -> dict[str, Any]:
-        trainer = self._trainer
-        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    def _sample(self, when: str) -> list[str]:
+        accelerator = self._trainer.accelerator
         completions: list[str] = []
         if self._main and self._settings.count:
             completions = generate_completions(
-                trainer.accelerator.unwrap_model(trainer.model),
-                trainer.processing_class,
+                accelerator.unwrap_model(self._trainer.model),
+                self._trainer.processing_class,
                 self._prompts(),
                 description=f"Sampling {when}",
                 **self._settings.sampling(),
             )
-        trainer.accelerator.wait_for_everyone()
-        return {"metrics": metrics, "completions": completions}
+        accelerator.wait_for_everyone()
+        return completions
 
     def _prompts(self) -> list[Any]:
         rows = self._data.eval if self._data.eval is not None and len(self._data.eval) else self._data.train

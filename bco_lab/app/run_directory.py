@@ -39,6 +39,7 @@ def prepare(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     if (run_dir / CONFIG).exists():
         raise FileExistsError(f"{run_dir} already holds a run: `bco-lab resume` it, or choose another hydra.run.dir")
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(resolved, DictConfig)
     write_json(
         run_dir / ENVIRONMENT,
         {

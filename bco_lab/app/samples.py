@@ -145,21 +145,44 @@ def generate_completions(
     config = _plain_config(tokenizer, max_new_tokens, temperature, top_p)
     policy: Any = model  # a model or an adapter around one; nn.Module does not know generate()
     completions: list[str] = []
+    starts = range(0, len(encoded), batch_size)
     with (
         _generating(model, config),
         _forked_rng(),
         torch.no_grad(),
-        tqdm(total=len(encoded), desc=description, unit="sample", disable=not progress) as bar,
+        # counted in tokens: one batch often holds all samples, and a bar that jumps from nothing to all tells nothing
+        tqdm(total=len(starts) * max_new_tokens, desc=description, unit="token", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
-        for start in range(0, len(encoded), batch_size):
+        for batch, start in enumerate(starts, 1):
             chunk = encoded[start : start + batch_size]
             input_ids, attention_mask = _left_padded(chunk, config.pad_token_id, _device(model))
-            output = policy.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+            output = policy.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                streamer=_TokenCounter(bar),
+            )
             new_tokens = output[:, input_ids.shape[1] :].tolist()
             completions += [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_tokens]
-            bar.update(len(chunk))
+            bar.update(batch * max_new_tokens - bar.n)  # a batch may have ended early
     return completions
+
+
+class _TokenCounter:
+    """A streamer, as generate() calls it for each token of a batch; moves a progress bar."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._prompt_seen = False
+
+    def put(self, _tokens: Tensor) -> None:
+        if self._prompt_seen:
+            self._bar.update(1)
+        self._prompt_seen = True  # the first call brings the prompt
+
+    def end(self) -> None:
+        pass
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:

@@ -24,12 +24,12 @@ def explain_composition_error(error: BaseException, folder: Path, arguments: Seq
     """One line for an error, with a suggestion where Hydra found a key that does not exist."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MissingMandatoryValue):
-        key = re.search(r"full_key: (\S+)", str(error))
-        return f"{key.group(1) if key else text} must be given"
-    match = _NO_SUCH_KEY.search(text)
-    if not isinstance(error, HydraException) or match is None:
+        missing = re.search(r"full_key: (\S+)", str(error))
+        return f"{missing.group(1) if missing else text} must be given"
+    found = _NO_SUCH_KEY.search(text)
+    if not isinstance(error, HydraException) or found is None:
         return text
-    key = match.group(1)
+    key = found.group(1)
     fields = _trainer_fields() if key.startswith("trainer.") else set()
     if key.removeprefix("trainer.") in fields:
         return f"{key} is a field of BCOConfig that the YAML does not list: add it with a plus, +{key}=..."
@@ -48,7 +48,7 @@ def _trainer_fields() -> set[str]:
 def _known_keys(folder: Path, arguments: Sequence[str]) -> set[str]:
     """Every key of the configuration with the group choices of the command line, but none of its values."""
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
-    choices = [a for a in arguments if a.partition("=")[0].partition("/")[0] in groups and "." not in a.partition("=")[0]]
+    choices = [a for a in arguments if a.partition("=")[0].split("/")[0] in groups]
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
         try:
@@ -59,7 +59,7 @@ def _known_keys(folder: Path, arguments: Sequence[str]) -> set[str]:
 
 
 def _paths(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in cfg:
+    for key in map(str, cfg):
         path = f"{prefix}{key}"
         yield path
         node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -143,7 +144,7 @@ def _place_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         folder, mode = _short_path(paths["wandb"]), result.get("wandb_mode")
         rows.append((f"W&B {mode}" if mode else "W&B", folder))
         # The folder around it serves as well, is shorter, and after a resumed run leads to the newest.
-        around = os.path.dirname(folder) if os.path.basename(os.path.dirname(folder)) == "wandb" else folder
+        around = str(Path(folder).parent) if Path(folder).parent.name == "wandb" else folder
         rows.append(("read it", f"wandb leet inspect --summary --json {shlex.quote(around)}"))
         if mode != "online":
             rows.append(("upload it", f"wandb sync {shlex.quote(folder)}"))
@@ -186,5 +187,5 @@ def _shortened(text: str, longest: int) -> str:
 
 def _short_path(path: str | os.PathLike[str]) -> str:
     """Relative to the current folder if it lies below it: shorter to read, and still right to copy."""
-    absolute, here = os.path.abspath(path), os.getcwd()
-    return os.path.relpath(absolute, here) if absolute.startswith(here.rstrip(os.sep) + os.sep) else os.fspath(path)
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else os.fspath(path)

@@ -102,14 +102,14 @@ class WandbRun:
         """Log metrics at an optimizer step."""
         self._safely(lambda: self._run and self._run.log({**values, "trainer/step": step}))
 
-    def log_table(self, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
+    def log_table(self, name: str, columns: Iterable[str], rows: Iterable[list[Any]]) -> None:
         """Log a table."""
 
         def send() -> None:
             import wandb
 
             if self._run:
-                self._run.log({name: wandb.Table(columns=columns, data=[list(row) for row in rows])})
+                self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
         self._safely(send)
 

@@ -1,6 +1,5 @@
 """Prompts and completions as text: what a row may hold, and how a chat template lays it out."""
 
-import os.path
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,28 +65,30 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         ValueError: Names the tokenizer and what to do.
     """
     if not tokenizer.chat_template:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template, which rows made "
-            "of messages need: set tokenizer.chat_template, or write prompts and completions as strings"
+            f"the tokenizer {name!r} has no chat template, which rows made of messages need: "
+            "set tokenizer.chat_template, or write prompts and completions as strings"
         )
 
 
 def apply_template(tokenizer: "PreTrainedTokenizerBase", prompt: Messages, completion: Messages) -> PairedText:
     """Lay out a conversation; the completion starts where generation would.
 
-    The boundary is the end of the prompt with the generation prompt. A prompt that ends with an assistant message is
-    continued by the completion. Some templates write a prompt differently once an answer follows it (they drop earlier
-    reasoning, or open a reasoning block only to generate); there the boundary is where the answer's content starts.
+    The boundary is the end of the prompt with the generation prompt. Some templates write a prompt differently once an
+    answer follows it (they drop earlier reasoning, or open a reasoning block only to generate); there the boundary is
+    where the answer's content starts. So it is, too, where the prompt ends with a message of the assistant, which the
+    completion continues.
 
     Raises:
         ValueError: The template refuses the messages.
     """
-    continued = prompt[-1]["role"] == "assistant"
     try:
-        opening = _render(tokenizer, prompt, add_generation_prompt=not continued, continue_final_message=continued)
         text = _render(tokenizer, _join(prompt, completion))
-        if text.startswith(opening):
-            return PairedText(text, len(opening))
+        if prompt[-1]["role"] != "assistant":
+            opening = _render(tokenizer, prompt, add_generation_prompt=True)
+            if text.startswith(opening):
+                return PairedText(text, len(opening))
         # Two answers to one prompt differ from the first character of their content on, not before. A character of the
         # private use area is in no template and seldom in a text.
         content = completion[0]["content"]
@@ -96,7 +97,13 @@ def apply_template(tokenizer: "PreTrainedTokenizerBase", prompt: Messages, compl
     except (TemplateError, ValueError, TypeError) as error:
         reason = str(error).split("\n", 1)[0]
         raise ValueError(f"the chat template refuses the messages: {reason}") from error
-    return PairedText(text, len(os.path.commonprefix([text, other])))
+    return PairedText(text, common_prefix(text, other))
+
+
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common from the start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _join(prompt: Messages, completion: Messages) -> list[Mapping[str, Any]]:

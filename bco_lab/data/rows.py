@@ -97,8 +97,8 @@ def split_rows(rows: Sequence[Row], *, eval_fraction: float, seed: int, name: st
     train, held_out = group_split(keys, labels, eval_fraction=eval_fraction, seed=seed)
     if eval_fraction and not held_out:
         raise ValueError(
-            f"{name}: eval_fraction={eval_fraction} holds out none of {len(rows)} rows, since training needs both classes; "
-            "add rows, give an eval_path, or set eval_fraction=0"
+            f"{name}: eval_fraction={eval_fraction} holds out none of {len(rows)} rows, since training needs both "
+            "classes; add rows, give an eval_path, or set eval_fraction=0"
         )
     return [rows[i] for i in train], [rows[i] for i in held_out], "prompt" if by_prompt else "completion"
 

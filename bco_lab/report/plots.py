@@ -192,7 +192,7 @@ def _save(figure: Figure, path: Path) -> Path:
     try:
         FigureCanvasAgg(figure)
         figure.savefig(temporary, format="png", dpi=_DPI)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path

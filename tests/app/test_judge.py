@@ -1,6 +1,7 @@
 """The judge: its accuracy is the one that can be counted by hand, and it refuses rows it cannot learn from."""
 
 import pytest
+from sklearn.model_selection import train_test_split
 
 from bco_lab.app.judge import fit_judge
 
@@ -22,15 +23,15 @@ def test_separable_rows_are_all_judged_right() -> None:
 
 
 def test_wrong_labels_show_in_the_accuracy() -> None:
-    """Every text carries the word of the other class in a fifth of each class: the best judge is right on 80%."""
+    """A fifth of each class carries the word of the other: a judge that follows the word is wrong exactly there."""
     texts = ["lovely"] * 80 + ["dreadful"] * 20 + ["dreadful"] * 80 + ["lovely"] * 20
     labels = [True] * 100 + [False] * 100
     judge = fit_judge(texts, labels, held_out_fraction=0.5, seed=3)
-    # A judge that follows the word is wrong exactly where the held-out label contradicts it, 20% on average.
-    # Both halves together hold 40 contradictions, so two judges fitted on either half leave 0.8 between them.
-    assert judge.held_out == 100
-    assert judge.accuracy == pytest.approx(0.8, abs=0.08)
     assert judge.positive(["lovely", "dreadful"]) == [True, False]
+    _, held_out = train_test_split(range(200), test_size=0.5, stratify=labels, random_state=3)
+    right = sum((texts[row] == "lovely") == labels[row] for row in held_out)
+    assert 70 < right < 90
+    assert (judge.accuracy, judge.held_out) == (right / 100, 100)
 
 
 def test_share_positive_is_a_share() -> None:

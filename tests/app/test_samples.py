@@ -50,7 +50,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def _argmax_loop(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, tokens: int) -> str:
+def _argmax_loop(model: LlamaForCausalLM, text: str, tokens: int) -> str:
     """Greedy decoding without padding, cache or generate()."""
     ids = [1, *(WORDS.index(word) for word in text.split())]
     start = len(ids)
@@ -71,7 +71,7 @@ def _generate(model: Any, tokenizer: Any, **settings: Any) -> list[str]:
 def test_greedy_is_the_argmax_loop(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     got = _generate(model, tokenizer, temperature=0.0)
     texts = ["w1 w2", "w5 w6 w7 w8 w9", "user : w1 w2 w3 assistant :"]
-    assert got == [_argmax_loop(model, tokenizer, text, 10) for text in texts]
+    assert got == [_argmax_loop(model, text, 10) for text in texts]
     assert len(set(got)) == 3
     assert all(len(set(text.split())) > 2 for text in got)
 
@@ -83,7 +83,7 @@ def test_greedy_does_not_depend_on_the_batch(model: LlamaForCausalLM, tokenizer:
 def test_generation_ends_at_the_end_token(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     free = _generate(model, tokenizer, temperature=0.0, prompts=["w1 w2"])[0].split()
     stop = next(word for word in free[1:] if word != free[0])
-    tokenizer.eos_token = stop
+    tokenizer.add_special_tokens({"eos_token": stop})
     ended = _generate(model, tokenizer, temperature=0.0, prompts=["w1 w2"])[0]
     assert ended.split() == free[: free.index(stop)]
 
@@ -142,6 +142,8 @@ def test_nothing_is_left_changed_after_an_error(model: LlamaForCausalLM, tokeniz
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# peft asks transformers by the property's old name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_takes_part(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     plain = _generate(model, tokenizer, temperature=0.0)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=True, task_type="CAUSAL_LM")
@@ -172,13 +174,13 @@ def test_no_warning_is_logged(
     assert (out, err) == ("", "")
 
 
-def test_progress_counts_the_samples(
+def test_progress_counts_the_tokens(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _generate(model, tokenizer, progress=True, batch_size=2, description="Before training")
     shown = capfd.readouterr().err
     assert "Before training: 100%" in shown
-    assert "3/3" in shown
+    assert "20/20" in shown  # two batches of up to ten tokens
 
 
 @pytest.mark.parametrize(

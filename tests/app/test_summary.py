@@ -110,7 +110,7 @@ def test_samples_stand_side_by_side() -> None:
     assert re.search(r"A \[bold\]mess\[/bold\] of ideas\. +A warm film\.", text)
     assert re.search(r"– +Third\.", text)
     assert "fourth" not in text
-    assert text.count("word") == 47  # 240 characters less the ellipsis hold 47 whole words of 5 characters and the cut
+    assert text.count("word") == 47  # 239 characters, cut back to the last space
     assert "word…" in text
 
 

