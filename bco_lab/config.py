@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -29,7 +29,7 @@ class BCOConfig(TrainingArguments):
         ValueError: A field is out of its range; the message names field, value and rule.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     learning_rate: float = _option(5e-7, "Peak learning rate; LoRA needs one 100 to 1000 times the default.")
     logging_steps: float = _option(10, "Optimizer steps between two logs; below 1 a share of all steps.")
@@ -37,7 +37,7 @@ class BCOConfig(TrainingArguments):
     gradient_checkpointing: bool | None = _option(
         True, "Recompute activations in the backward pass: less memory, about a third more time."
     )
-    bf16: bool | None = _option(  # type: ignore[assignment]
+    bf16: bool | None = _option(
         None, "bfloat16 autocast; unset: on where the device is good at it and fp16 is not set."
     )
 
@@ -45,7 +45,7 @@ class BCOConfig(TrainingArguments):
     max_completion_length: int | None = _option(None, "Cap on the completion's tokens alone.")
     truncation: str = _option(
         "keep_start",
-        "Rows over max_length: keep_start cuts the completion's end, keep_end the prompt's start, drop leaves them out.",
+        "Rows over max_length: keep_start cuts the completion's end, keep_end the prompt's start, drop leaves out.",
     )
     beta: float = _option(0.1, "Pull towards the reference; higher means less deviation.")
     reward_shift: str = _option(
@@ -76,8 +76,8 @@ class BCOConfig(TrainingArguments):
         if "activation_checkpointing" in names and getattr(self, "activation_checkpointing", None) is None:
             # transformers >= 5.20 renamed the switch and warns about the old name, which is the documented one here
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-            self.gradient_checkpointing_kwargs = None
+            kwargs: Any = self.gradient_checkpointing_kwargs
+            self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs = kwargs, None
         super().__post_init__()
 
     def _check(self) -> None:

@@ -32,8 +32,8 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor], head: nn.Module
     Args:
         model: A decoder-only language model, possibly wrapped for distribution.
         batch: `input_ids` and `attention_mask`, `[batch, tokens]`, and `completion_mask`, `[batch, tokens]` bool.
-        head: The module that maps hidden states to vocabulary logits (`model.get_output_embeddings()`). With it the head
-            sees completion positions only; without it all logits are computed and then selected.
+        head: The module that maps hidden states to vocabulary logits (`model.get_output_embeddings()`). With it the
+            head sees completion positions only; without it all logits are computed and then selected.
 
     Returns:
         CompletionLogps, differentiable with respect to the model.
@@ -56,7 +56,7 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor], head: nn.Module
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """`log softmax(logits)[targets]` in float32: logits `[tokens, vocab]`, targets `[tokens]`, result `[tokens]`, nats."""
+    """`log softmax(logits)[targets]` in float32, nats: logits `[tokens, vocab]`, targets and result `[tokens]`."""
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 

@@ -1,8 +1,8 @@
 """Training and evaluation metrics from one table of examples.
 
 Every micro-batch adds its rows; nothing is reduced or moved off the device until somebody logs. Then the table is
-gathered once, rows that were padded in to keep processes even are dropped by example id, and every metric is computed in
-float64 on the true rows: results do not depend on the batch size or on the number of processes.
+gathered once, rows that were padded in to keep processes even are dropped by example id, and every metric is computed
+in float64 on the true rows: results do not depend on the batch size or on the number of processes.
 """
 
 from collections.abc import Callable
@@ -101,9 +101,9 @@ def first_occurrence(ids: Tensor) -> Tensor:
 def summarize(table: ExampleTable) -> dict[str, float]:
     """Metrics of a table; the keys are always the same, NaN where a class is absent.
 
-    `rewards/*` in nats times beta, `logps/*` in nats per completion, `kl` the mean of `logps(ref) - logps(policy)` in nats
-    per completion, `kl_per_token` the same per completion token, `bound_gap` the error term of arXiv 2404.04656, theorem 2:
-    `E[exp(-(r - delta))]` over desirable plus `E[exp(r - delta)]` over undesirable rows.
+    `rewards/*` in nats times beta, `logps/*` in nats per completion, `kl` the mean of `logps(ref) - logps(policy)` in
+    nats per completion, `kl_per_token` the same per completion token, `bound_gap` the error term of the paper's bound
+    (arXiv 2404.04656): `E[exp(-(r - delta))]` over desirable plus `E[exp(r - delta)]` over undesirable rows.
     """
     up, down = table.label, ~table.label
     shifted = table.reward - table.delta

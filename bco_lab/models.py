@@ -128,7 +128,7 @@ class PolicySource:
         config = AutoConfig.from_pretrained(name, revision=self.revision, trust_remote_code=self.trust_remote_code)
         override_config(config, self.config_overrides)
         options = {"attn_implementation": self.attn_implementation, "quantization_config": self.quantization}
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             revision=self.revision,
@@ -136,7 +136,6 @@ class PolicySource:
             trust_remote_code=self.trust_remote_code,
             **{key: value for key, value in options.items() if value is not None},
         )
-        return model
 
     def _random_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         assert self.random is not None

@@ -40,7 +40,9 @@ class OptimizerStep:
         return self.done == len(self.true_rows)
 
 
-def plan_step(labels: list[Tensor], true_rows: list[Tensor], device: torch.device, sum_over_processes: Sum) -> OptimizerStep:
+def plan_step(
+    labels: list[Tensor], true_rows: list[Tensor], device: torch.device, sum_over_processes: Sum
+) -> OptimizerStep:
     """Count the true rows of each class in a step.
 
     Args:
@@ -59,8 +61,8 @@ def plan_step(labels: list[Tensor], true_rows: list[Tensor], device: torch.devic
 def true_rows(batch_size: int, batch_in_epoch: int, process: int, processes: int, dataset_rows: int) -> Tensor:
     """Which rows of a process's micro-batch belong to the epoch.
 
-    Batches are dealt to the processes in turn; to give each of them equally many full ones, the last ones are filled up with
-    rows from the start of the epoch. Those must not count twice.
+    Batches are dealt to the processes in turn; to give each of them equally many full ones, the last ones are filled up
+    with rows from the start of the epoch. Those must not count twice.
 
     Args:
         batch_size: Rows of the micro-batch.

@@ -139,7 +139,10 @@ class BCOTrainer(Trainer):
     def _reference_model(self, ref_model: Any) -> nn.Module | None:
         if ref_model is None:
             own = self.args.precompute_ref_log_probs or hasattr(self.model, "peft_config")
-            datasets_ = [self.train_dataset, *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset])]
+            datasets_ = [
+                self.train_dataset,
+                *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]),
+            ]
             if own or all(REF_LOGPS in (d.column_names or []) for d in datasets_ if d is not None):
                 return None
             ref_model = frozen_copy(self.model)

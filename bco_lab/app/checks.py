@@ -78,7 +78,7 @@ def _parameters(target: str, path: str) -> set[str] | None:
 
 def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
     """Instantiate one group; what its target says against a value comes back with the group's name in front."""
-    missing = [name for name in OmegaConf.missing_keys(cfg[key])]
+    missing = OmegaConf.missing_keys(cfg[key])
     if missing:
         raise ValueError(f"{key}.{sorted(missing)[0]} must be given")
     try:

@@ -20,7 +20,7 @@ _NOT_METRICS = ("epoch", "step", "split")
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """How a run shows up in Weights & Biases; the API key comes from `wandb login` or WANDB_API_KEY, never from here."""
+    """How a run shows up in Weights & Biases; the API key comes from `wandb login` or WANDB_API_KEY, not from here."""
 
     mode: str = "offline"
     project: str = "bco-lab"
@@ -62,14 +62,16 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
+        if (
+            state.is_world_process_zero and logs and "train_runtime" not in logs
+        ):  # the Trainer's farewell has no metrics
             row = {"step": state.global_step, "split": split_of(logs), **json_ready(logs)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
 
 class WandbRun:
-    """A Weights & Biases run that cannot hurt: the first failure is logged, then tracking stops and training goes on."""
+    """A Weights & Biases run that cannot hurt: the first failure is logged, then tracking stops, training goes on."""
 
     def __init__(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any], run_id: str) -> None:
         self._run: Any | None = None
