@@ -32,8 +32,8 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether the marker is there and every file it lists still has the size it had."""
     try:
         files: dict[str, int] = json.loads((checkpoint / MARKER).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(files) and all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

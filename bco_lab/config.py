@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from bco_lab.data.tokenization import TRUNCATIONS
 from bco_lab.losses import LOSS_REDUCTIONS
 from bco_lab.reward_shift import SHIFT_KINDS
-
-TRUNCATIONS = ("keep_start", "keep_end", "drop")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -72,12 +71,15 @@ class BCOConfig(TrainingArguments):
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _good_at_bf16()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # without a GPU it does nothing but warn
         names = {f.name for f in dataclasses.fields(self)}
-        if "activation_checkpointing" in names and getattr(self, "activation_checkpointing", None) is None:
-            # transformers >= 5.20 renamed the switch and warns about the old name, which is the documented one here
-            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
-            kwargs: Any = self.gradient_checkpointing_kwargs
-            self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs = kwargs, None
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            # newer releases of transformers renamed both and warn about the old names, the documented ones here
+            if new in names and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+                setattr(self, old, None)
         super().__post_init__()
 
     def _check(self) -> None:

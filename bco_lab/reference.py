@@ -25,7 +25,7 @@ def reference_mode(model: nn.Module, ref_adapter_name: str | None = None) -> Ite
     answers as it stands. Everything is put back on leaving, also after an error, and no parameter changes whether it is
     trainable.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     try:
@@ -34,12 +34,21 @@ def reference_mode(model: nn.Module, ref_adapter_name: str | None = None) -> Ite
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
 def _reference_adapter(model: Any, name: str | None) -> Iterator[None]:
-    if not hasattr(model, "disable_adapter"):
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter that transformers itself holds
+        active = model.active_adapters()
+        model.disable_adapters() if name is None else model.set_adapter(name)
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+            model.set_adapter(active)
+    elif not hasattr(model, "disable_adapter"):
         yield
     elif name is None:
         with model.disable_adapter():

@@ -1,5 +1,6 @@
 """BCOTrainer: Binary Classifier Optimization on top of transformers.Trainer."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from bco_lab.preparation import each_set, load_if_named, prepare_model, prepare_
 from bco_lab.reference import REF_LOGPS, add_ref_logps, reference_mode
 from bco_lab.reward_shift import RewardShift, RewardSums
 from bco_lab.steps import OptimizerStep, plan_step, reward_totals, true_rows
+
+logger = logging.getLogger(__name__)
 
 MODEL_COLUMNS = ["input_ids", "prompt_length", "label", "example_id", REF_LOGPS, "example_weight"]
 _FILLER = -2.0  # marks rows that only make processes' tables equally long
@@ -407,8 +410,15 @@ class BCOTrainer(Trainer):
                 raise FileNotFoundError(f"no whole checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
+            if not any(Path(resume_from_checkpoint).glob("*optim*")) and not self.is_deepspeed_enabled:
+                logger.warning("%s has no optimizer state (save_only_model): it starts afresh", resume_from_checkpoint)
             self.reward_shift = RewardShift(**checkpoints.load_reward_shift(Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads: the settings are in trainer_state.json and, from the command line, config.yaml.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

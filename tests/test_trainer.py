@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
-import tiny
 from bco_lab import BCOTrainer
 from bco_lab.checkpoints import MARKER, last_whole_checkpoint
 from bco_lab.logps import completion_logps
@@ -249,9 +249,7 @@ def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 
 
 def test_save_only_model_keeps_delta(tmp_path: Path) -> None:
-    trained = tiny.trainer(
-        tmp_path, tiny.rows(16), save_strategy="steps", save_steps=3, save_only_model=True, beta=1.0
-    )
+    trained = tiny.trainer(tmp_path, tiny.rows(16), save_strategy="steps", save_steps=3, save_only_model=True, beta=1.0)
     trained.train()
     state = (tmp_path / "checkpoint-3" / "reward_shift.json").read_text()
     assert repr(trained.reward_shift.desirable_mean) in state

@@ -83,14 +83,13 @@ def config(folder: Path, **settings: Any) -> BCOConfig:
 
 def trainer(folder: Path, train: Dataset, evaluation: Any = None, **settings: Any) -> BCOTrainer:
     """A trainer on the tiny model."""
-    made = BCOTrainer(
+    return BCOTrainer(
         model=model(),
         args=config(folder, **settings),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer(),
     )
-    return made
 
 
 def logged(trained: BCOTrainer, key: str) -> list[float]:
@@ -100,4 +99,6 @@ def logged(trained: BCOTrainer, key: str) -> list[float]:
 
 def weights(trained: BCOTrainer) -> torch.Tensor:
     """All weights as one vector, float64."""
-    return torch.cat([p.detach().double().flatten() for p in trained.accelerator.unwrap_model(trained.model).parameters()])
+    return torch.cat(
+        [p.detach().double().flatten() for p in trained.accelerator.unwrap_model(trained.model).parameters()]
+    )

@@ -26,6 +26,7 @@ def check(cfg: DictConfig) -> None:
         ImportError: A target whose package is not installed.
     """
     check_keys(cfg)
+    require_given(cfg)
     for key in ("model", "generation", "wandb", "launcher", "udm"):
         build(cfg, key)
     arguments = build(cfg, "trainer", output_dir="unused")
@@ -76,11 +77,15 @@ def _parameters(target: str, path: str) -> set[str] | None:
     return set(parameters)
 
 
+def require_given(cfg: DictConfig) -> None:
+    """Every `???` must have got a value."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]} must be given, such as {missing[0]}=...")
+
+
 def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
     """Instantiate one group; what its target says against a value comes back with the group's name in front."""
-    missing = OmegaConf.missing_keys(cfg[key])
-    if missing:
-        raise ValueError(f"{key}.{sorted(missing)[0]} must be given")
     try:
         return instantiate(cfg[key], _convert_="all", **extra)
     except InstantiationException as error:

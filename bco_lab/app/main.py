@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bco_lab.app import run_directory
@@ -17,6 +17,7 @@ from bco_lab.app.suggestions import explain_composition_error
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 def conf_folder() -> Path:
@@ -34,8 +35,20 @@ def main() -> None:
     # Errors come back here instead of being printed by Hydra: one line for what a user can mend.
     show_everything = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(run_one)
-    sys.exit(guarded(application, show_everything=show_everything))
+    OmegaConf.register_new_resolver("trial_name", run_directory.trial_name, replace=True)
+    failed: list[int] = []
+
+    def one_trial(cfg: DictConfig) -> float | None:
+        """Hydra's task; a trial that fails says why and leaves the others to run."""
+        objective: list[float | None] = [None]
+        status = guarded(lambda: objective.append(run_one(cfg)), show_everything=show_everything)
+        failed.extend([status] if status else [])
+        if status == EXIT_INTERRUPTED:
+            sys.exit(status)
+        return objective[-1]
+
+    application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(one_trial)
+    sys.exit(guarded(application, show_everything=show_everything) or max(failed, default=0))
 
 
 def guarded(action: Callable[[], object], *, show_everything: bool = False) -> int:
@@ -50,12 +63,12 @@ def guarded(action: Callable[[], object], *, show_everything: bool = False) -> i
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("bco-lab: interrupted; `bco-lab resume RUN_DIR` goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 
 def run_one(cfg: DictConfig) -> float | None:
-    """Hydra's task: one run, in the folder that Hydra chose. Returns the objective."""
+    """One run, in the folder that Hydra chose. Returns the objective."""
     from bco_lab.app import checks, launch
 
     hydra_cfg = HydraConfig.get()

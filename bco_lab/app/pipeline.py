@@ -22,9 +22,11 @@ from bco_lab.checkpoints import last_whole_checkpoint, step_of
 from bco_lab.config import BCOConfig
 from bco_lab.data.labels import check_both_classes
 from bco_lab.data.sources import FeedbackData
-from bco_lab.data.tokenization import TokenizationReport, tokenize_dataset
+from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.files import write_json
 from bco_lab.models import Policy, PolicySource
+from bco_lab.preparation import prepare_rows
+from bco_lab.reference import REF_LOGPS
 from bco_lab.report.plots import plot_rewards
 from bco_lab.trainer import BCOTrainer
 
@@ -63,6 +65,8 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
     rows = tokenized(data, tokenizer, arguments)
     logger.info("Loading the model")
     policy = source.load()
+    if source.name_or_path is None:
+        keep_base(run_dir, policy)
     with Tracked(run_dir, cfg) as tracked:
         trainer = make_trainer(cfg, policy, rows, arguments, tracked)
         resumed_from = last_whole_checkpoint(run_dir / run_directory.CHECKPOINTS)
@@ -80,6 +84,14 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
             result["tokenization"] = {name: vars(report) for name, report in rows.reports.items()}
             finish(run_dir, tracked.wandb, result, started)
         trainer.accelerator.wait_for_everyone()
+
+
+def keep_base(run_dir: Path, policy: Policy) -> None:
+    """Save random weights: an adapter in `model/` is of no use without what it was trained on."""
+    base = run_dir / run_directory.BASE
+    if PartialState().is_main_process:
+        policy.model.save_pretrained(base)
+    policy.model.config.name_or_path = policy.model.name_or_path = str(base)
 
 
 def log_to(run_dir: Path, *, main: bool) -> None:
@@ -140,15 +152,7 @@ def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig) -> Rows:
     reports: dict[str, TokenizationReport] = {}
     for name, split in (("train", data.train), ("eval", data.eval)):
         if split is not None and len(split):
-            rows[name], report = tokenize_dataset(
-                split,
-                tokenizer,
-                max_length=arguments.max_length,
-                max_completion_length=arguments.max_completion_length,
-                truncation=arguments.truncation,
-                num_proc=arguments.dataset_num_proc,
-                name=name,
-            )
+            rows[name], report = prepare_rows(split, tokenizer, arguments, name)
             assert report is not None
             reports[name] = report
             if report.truncated or report.dropped:
@@ -216,14 +220,20 @@ class Comparison:
             content: dict[str, Any] = json.loads(self._file.read_text())
             self._trainer.accelerator.wait_for_everyone()
             return content
-        # An untrained policy is the reference: its figures need no forward pass.
-        metrics = self._trainer.reference_metrics() if self._trainer.eval_dataset is not None else {}
-        self._trainer.log(dict(metrics))
+        metrics = self._untrained_metrics() if self._trainer.eval_dataset is not None else {}
         content = {"metrics": metrics, "completions": self._sample("before training")}
         if self._main:
             write_json(self._file, content)
         self._trainer.accelerator.wait_for_everyone()
         return content
+
+    def _untrained_metrics(self) -> dict[str, Any]:
+        if REF_LOGPS not in self._trainer.eval_dataset.column_names:
+            return self._trainer.evaluate()
+        # An untrained policy is the reference: its figures need no forward pass.
+        metrics = self._trainer.reference_metrics()
+        self._trainer.log(dict(metrics))
+        return metrics
 
     def after(self) -> dict[str, Any]:
         """The trained policy."""

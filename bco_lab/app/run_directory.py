@@ -24,6 +24,7 @@ BEFORE = "before.json"
 LOG = "run.log"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+BASE = "base"
 PLOTS = "plots"
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "wandb")
@@ -34,9 +35,9 @@ def prepare(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """Write the resolved configuration, the overrides and the environment.
 
     Raises:
-        FileExistsError: The folder already holds a run.
+        FileExistsError: The folder already holds a run that has begun to train.
     """
-    if (run_dir / CONFIG).exists():
+    if any((run_dir / name).exists() for name in (BEFORE, METRICS, CHECKPOINTS, MODEL, RESULT)):
         raise FileExistsError(f"{run_dir} already holds a run: `bco-lab resume` it, or choose another hydra.run.dir")
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(resolved, DictConfig)
@@ -93,6 +94,14 @@ def config_hash(cfg: DictConfig) -> str:
     assert isinstance(content, dict)
     kept = {key: value for key, value in content.items() if key not in _PLACES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def trial_name(overrides: str, longest: int = 120) -> str:
+    """A readable folder name for one trial of a sweep; what does not fit is replaced by a hash."""
+    name = overrides.replace("/", "-") or "defaults"
+    if len(name.encode()) <= longest:
+        return name
+    return f"{name[: longest // 2]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def data_fingerprint(datasets: dict[str, Any]) -> str:

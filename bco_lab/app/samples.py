@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from bco_lab.app.judge import Judge
+from bco_lab.data.chat import PairedText
+from bco_lab.data.tokenization import encode
 
 Prompt = str | list[dict[str, Any]]
 
@@ -197,16 +199,15 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float, batch
 
 
 def _encode(tokenizer: Any, prompt: Prompt, row: int) -> list[int]:
-    """Token ids of a prompt as the model meets it in training: a BOS in front where the tokenizer has one."""
+    """Token ids of a prompt as the model meets it in training."""
     if isinstance(prompt, str):
         text = prompt
     elif tokenizer.chat_template is None:
         raise ValueError(f"prompt {row} is a conversation, but the tokenizer has no chat template")
     else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids = [tokenizer.bos_token_id, *ids]
+    tokens, length = encode([PairedText(text, len(text))], tokenizer)[0]
+    ids = tokens[:length]
     if not ids:
         raise ValueError(f"prompt {row} has no tokens: {prompt!r}")
     return ids

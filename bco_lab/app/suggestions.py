@@ -30,10 +30,14 @@ def explain_composition_error(error: BaseException, folder: Path, arguments: Seq
     if not isinstance(error, HydraException) or found is None:
         return text
     key = found.group(1)
+    if key == "trainer.output_dir":
+        return "trainer.output_dir is the run directory's: choose that with hydra.run.dir=FOLDER"
     fields = _trainer_fields() if key.startswith("trainer.") else set()
     if key.removeprefix("trainer.") in fields:
         return f"{key} is a field of BCOConfig that the YAML does not list: add it with a plus, +{key}=..."
     known = _known_keys(folder, arguments) | {f"trainer.{name}" for name in fields}
+    if key in known:  # a value of the wrong form: Hydra's own words are the best there are
+        return text
     return f"{key} is not a known key{nearest(key, known)} (all keys: bco-lab --cfg job)"
 
 

@@ -17,7 +17,6 @@ WIDTH = 100  # columns; a wider terminal gains nothing, the eye loses the row
 SHOWN_PAIRS = 3
 _LONGEST_SAMPLE = 240  # characters
 _LONGEST_PROMPT = 160
-_LONGEST_ERROR = 600
 _ROOM_FOR_MEANING = 90  # columns; on a narrower terminal the table leaves out what each number says
 _NOTHING = "–"
 
@@ -63,8 +62,6 @@ def _headline(result: Mapping[str, Any]) -> Padding:
         text.append(f" · {_duration(result['wall_seconds'])}")
     if result.get("objective") is not None:
         text.append(f" · {result.get('objective_name') or 'objective'} {_number(result['objective'], '.3f')}")
-    if result.get("error"):
-        text.append(f"\n{_shortened(str(result['error']), _LONGEST_ERROR)}")
     return _indented(text)
 
 
@@ -148,9 +145,7 @@ def _place_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("read it", f"wandb leet inspect --summary --json {shlex.quote(around)}"))
         if mode != "online":
             rows.append(("upload it", f"wandb sync {shlex.quote(folder)}"))
-    if result.get("status") != "finished" and "run_dir" in paths:
-        rows.append(("continue", f"bco-lab resume {shlex.quote(_short_path(paths['run_dir']))}"))
-    elif "model" in paths:
+    if "model" in paths:
         rows.append(("use the model", f'AutoModelForCausalLM.from_pretrained("{_short_path(paths["model"])}")'))
     return rows
 

@@ -167,6 +167,9 @@ def prefixed(logs: dict[str, Any]) -> dict[str, Any]:
 class RunProgress(ProgressCallback):
     """One bar for training with the figures that matter at its end, one for each evaluation."""
 
+    prediction_bar: Any
+    training_bar: Any
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:

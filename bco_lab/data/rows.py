@@ -1,8 +1,9 @@
 """The steps that all sources share: check rows, split them, make a data set of them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -12,6 +13,7 @@ from bco_lab.data.labels import parse_label
 from bco_lab.data.splits import can_split, group_split, permute_labels
 
 COLUMNS = ("prompt", "completion", "label")
+OPTIONAL_COLUMNS = ("example_weight", "p_desirable")  # numbers that a log may bring: see bco_lab.data.weights
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Row:
     completion: str | list[dict[str, str]]
     label: bool
     example_id: int
+    numbers: dict[str, float] = field(default_factory=dict)  # of OPTIONAL_COLUMNS, those that the source maps
 
 
 def check_row(
@@ -44,7 +47,7 @@ def check_row(
     Raises:
         ValueError: Names place, column and rule.
     """
-    missing = [columns[ours] for ours in COLUMNS if columns[ours] not in record]
+    missing = [theirs for theirs in columns.values() if theirs not in record]
     if missing:
         found = ", ".join(record) or "no columns"
         raise ValueError(f"{where}: no column {', '.join(map(repr, missing))}; the row has: {found}")
@@ -58,10 +61,22 @@ def check_row(
         check_pair(prompt, completion)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    numbers = {
+        ours: _check_number(record[columns[ours]], ours, f"{where}, column {columns[ours]!r}")
+        for ours in OPTIONAL_COLUMNS
+        if ours in columns
+    }
     try:
-        return Row(prompt, completion, parse_label(label, label_map=label_map), example_id)
+        return Row(prompt, completion, parse_label(label, label_map=label_map), example_id, numbers)
     except ValueError as error:
         raise ValueError(f"{where}, column {columns['label']!r}: {error}") from error
+
+
+def _check_number(value: Any, ours: str, where: str) -> float:
+    largest = 1.0 if ours == "p_desirable" else math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest or value == math.inf:
+        raise ValueError(f"{where}: {ours}={value!r} must be a number in [0, {'1]' if largest == 1 else 'infinity)'}")
+    return float(value)
 
 
 def check_same_kind(row: Row, first: Row, *, column: str, where: str) -> None:
@@ -114,5 +129,7 @@ def rows_to_dataset(rows: Sequence[Row]) -> Dataset:
     conversational = bool(rows) and not isinstance(rows[0].prompt, str)
     text = List({"role": Value("string"), "content": Value("string")}) if conversational else Value("string")
     features = {"prompt": text, "completion": text, "label": Value("bool"), "example_id": Value("int64")}
-    values = {key: [getattr(row, key) for row in rows] for key in features}
+    values: dict[str, list[Any]] = {key: [getattr(row, key) for row in rows] for key in features}
+    for key in rows[0].numbers if rows else ():
+        features[key], values[key] = Value("float64"), [row.numbers[key] for row in rows]
     return Dataset.from_dict(values, features=Features(features))

@@ -11,7 +11,16 @@ from typing import Any
 from datasets import Dataset
 
 from bco_lab.data.labels import check_both_classes, check_scale, parse_label
-from bco_lab.data.rows import COLUMNS, Row, check_row, check_same_kind, rows_to_dataset, shuffle_row_labels, split_rows
+from bco_lab.data.rows import (
+    COLUMNS,
+    OPTIONAL_COLUMNS,
+    Row,
+    check_row,
+    check_same_kind,
+    rows_to_dataset,
+    shuffle_row_labels,
+    split_rows,
+)
 from bco_lab.data.splits import balanced_parts, stratified_sample
 
 
@@ -118,7 +127,8 @@ def load_jsonl(
 
     Args:
         path: The file.
-        columns: Our name (prompt, completion, label) to the file's, where they differ.
+        columns: Our name (prompt, completion, label) to the file's, where they differ. A log that brings weights names
+            them here too: example_weight, or p_desirable, which becomes the density ratio.
         label_map: Value to label, for a log with its own words; see `parse_label` for those understood without.
         eval_path: A second file to evaluate on. Without it, part of `path` is held out: whole prompts, or whole
             completions if there are too few prompts to hold some out.
@@ -155,10 +165,11 @@ def _load_rows(
     path: str, columns: Mapping[str, str] | None, label_map: Mapping[Any, bool] | None, max_rows: int | None, seed: int
 ) -> list[Row]:
     """Read and check one file of JSON lines."""
-    unknown = [key for key in columns or {} if key not in COLUMNS]
+    known = (*COLUMNS, *OPTIONAL_COLUMNS)
+    unknown = [key for key in columns or {} if key not in known]
     if unknown:
-        raise ValueError(f"columns has {', '.join(map(repr, unknown))}; its keys are {', '.join(COLUMNS)}")
-    names = {ours: (columns or {}).get(ours, ours) for ours in COLUMNS}
+        raise ValueError(f"columns has {', '.join(map(repr, unknown))}; its keys are {', '.join(known)}")
+    names = {**{ours: ours for ours in COLUMNS}, **(columns or {})}
     rows: list[Row] = []
     values = []
     for line, record in _read_json_lines(path):

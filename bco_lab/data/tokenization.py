@@ -109,7 +109,7 @@ def tokenize_dataset(
         features=_features(dataset.features),
         num_proc=workers if workers > 1 else None,
         load_from_cache_file=False,
-        desc=f"Tokenizing {name}",
+        desc=f"Checking {name}" if "input_ids" in columns else f"Tokenizing {name}",
     )
     return _finish(mapped, name, max_length)
 

@@ -22,14 +22,22 @@ def with_density_ratio(
     Raises:
         ValueError: A probability outside [0, 1]; the message names data set and row.
     """
-    if PROBABILITY not in (dataset.column_names or []):
+    columns = dataset.column_names
+    if columns is None:  # a stream that has not said yet
+        columns = list(next(iter(dataset), {}))
+    if PROBABILITY not in columns:
         return dataset
 
     def weigh(row: dict[str, Any], index: int) -> dict[str, float]:
         try:
-            ratio = density_ratio(torch.tensor(float(row[PROBABILITY])), min_density_ratio, max_density_ratio)
-            return {WEIGHT: 1.0 if parse_label(row["label"]) else ratio.item()}
+            desirable = parse_label(row["label"])
+        except ValueError as error:
+            raise ValueError(f"{name}, row {index}, column 'label': {error}") from None
+        try:
+            p = torch.tensor(float(row[PROBABILITY]), dtype=torch.float64)
+            ratio = density_ratio(p, min_density_ratio, max_density_ratio).item()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}, row {index}, column {PROBABILITY}={row[PROBABILITY]!r}: {error}") from None
+        return {WEIGHT: 1.0 if desirable else ratio}
 
     return dataset.map(weigh, with_indices=True)

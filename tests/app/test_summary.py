@@ -148,24 +148,21 @@ def test_paths_below_the_current_folder_are_relative(tmp_path: Path, monkeypatch
 
 def test_a_long_path_is_never_broken() -> None:
     run = "/" + "/".join(["a-long-folder-name"] * 8)
-    text = _render({"status": "failed", "paths": {"run_dir": run}})
-    assert f"bco-lab resume {run}\n" in text
+    text = _render({"status": "finished", "paths": {"run_dir": run}})
+    assert f"run directory  {run}\n" in text
 
 
-def test_a_failed_run_tells_why_and_how_to_continue() -> None:
+def test_without_held_out_rows_the_training_metrics_are_shown() -> None:
     result = {
-        "status": "failed",
+        "status": "finished",
         "steps": 12,
-        "error": "the loss of example 17 is nan",
         "metrics": {"after": {"rewards/accuracies": 0.5, "rewards/margins": float("nan")}},
         "paths": {"run_dir": "/tmp/my run", "model": None, "wandb": None},
     }
     text = _render(result)
-    assert "Run failed · 12 steps\n" in re.sub(r" +\n", "\n", text)
-    assert "the loss of example 17 is nan" in text
+    assert "Run finished · 12 steps\n" in re.sub(r" +\n", "\n", text)
     assert _row(text, "training accuracy") == ["–", "0.500"]
     assert _row(text, "margin") == ["–", "–"]
-    assert "bco-lab resume '/tmp/my run'" in text
     assert "held-out" not in text
     assert "from_pretrained" not in text
 
