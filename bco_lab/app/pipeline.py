@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 from transformers import ProgressCallback
 from transformers.utils import logging as transformers_logging
@@ -160,7 +161,15 @@ def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig) -> Rows:
                     "%s: of %d rows %d truncated, %d dropped at max_length=%s (longest %d tokens)",
                     *(name, report.rows, report.truncated, report.dropped, arguments.max_length, report.longest),
                 )
+    if rows["eval"] is not None:
+        rows["eval"] = by_length(rows["eval"])
     return Rows(rows["train"], rows["eval"], reports)
+
+
+def by_length(rows: Dataset) -> Dataset:
+    """Rows of like length side by side: batches of an evaluation, whose order does not matter, need little padding."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lambda i: -lengths[i]))
 
 
 class Tracked:

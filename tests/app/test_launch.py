@@ -9,6 +9,7 @@ from runs import metrics_of
 from safetensors.torch import load_file
 
 # 22 rows in steps of 8: the last step of an epoch is filled up on two processes, and must not count the filling.
+ONE = "trainer.gradient_accumulation_steps=1"
 SETTINGS = [
     "model=tiny_llama",
     "dataset=movie_reviews",
@@ -27,7 +28,7 @@ SETTINGS = [
 @pytest.mark.parametrize("reduction", ["class_balanced", "pooled"])
 def test_two_processes_equal_one(bco_lab: Any, environment: Path, reduction: str) -> None:
     settings = [*SETTINGS, f"trainer.loss_reduction={reduction}"]
-    one = bco_lab(*settings, "hydra.run.dir=one", "trainer.per_device_train_batch_size=8")
+    one = bco_lab(*settings, "hydra.run.dir=one", "trainer.per_device_train_batch_size=8", ONE)
     assert one.status == 0, one.err
     ddp = ["launcher=ddp", "launcher.num_processes=2", "trainer.per_device_train_batch_size=2"]
     two = bco_lab(*settings, "hydra.run.dir=two", *ddp, "trainer.gradient_accumulation_steps=2")

@@ -18,7 +18,7 @@ SETTINGS = [
     "generation.count=1",
     "trainer.learning_rate=0.01",
     "trainer.max_steps=60",
-    "trainer.per_device_train_batch_size=4",
+    "trainer.per_device_train_batch_size=2",
     "trainer.save_steps=7",
     "trainer.logging_steps=1",
 ]

@@ -246,7 +246,7 @@ def test_a_sweep_runs_the_good_trials_and_names_the_bad_one(
 
 def test_demo_on_a_handful_of_rows(bco_lab: Any, environment: Path) -> None:
     small = ["dataset.train_size=8", "dataset.eval_size=4", "generation.count=3", "generation.max_new_tokens=8"]
-    ended = bco_lab("hydra.run.dir=run", *small, "trainer.per_device_train_batch_size=4")
+    ended = bco_lab("hydra.run.dir=run", *small, "trainer.per_device_train_batch_size=2")
     assert ended.status == 0, ended.err
     result = json.loads((environment / "run" / "result.json").read_text())
     assert result["steps"] == 2
