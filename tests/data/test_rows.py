@@ -101,3 +101,18 @@ def test_data_sets_have_explicit_types() -> None:
     messages = rows_to_dataset([MESSAGES])
     assert messages.features["prompt"] == List({"role": Value("string"), "content": Value("string")})
     assert messages[0]["completion"] == [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "0.5", True, None, float("nan")])
+def test_a_number_column_out_of_its_range_is_named(value: object) -> None:
+    columns = {"prompt": "prompt", "completion": "completion", "label": "label", "p_desirable": "p"}
+    record = {"prompt": "a", "completion": "b", "label": 1, "p": value}
+    with pytest.raises(ValueError, match=r"^log, line 3, column 'p': p_desirable=.* must be a number in \[0, 1\]$"):
+        check_row(record, columns=columns, label_map=None, example_id=2, where="log, line 3")
+
+
+def test_number_columns_end_up_in_the_data_set() -> None:
+    columns = {"prompt": "prompt", "completion": "completion", "label": "label", "example_weight": "w"}
+    records = [{"prompt": "a", "completion": "b", "label": i, "w": 2 * i + 0.5} for i in range(2)]
+    rows = [check_row(r, columns=columns, label_map=None, example_id=i, where="log") for i, r in enumerate(records)]
+    assert rows_to_dataset(rows)["example_weight"] == [0.5, 2.5]

@@ -254,5 +254,5 @@ def test_a_missing_file_and_wrong_arguments_are_errors(tmp_path) -> None:
     for fraction in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"^eval_fraction={fraction} must be in \[0, 1\)$"):
             load_jsonl(path=path, eval_fraction=fraction)
-    with pytest.raises(ValueError, match=r"^columns has 'rating'; its keys are prompt, completion, label$"):
+    with pytest.raises(ValueError, match=r"^columns has 'rating'; its keys are prompt, completion, label, example_we"):
         load_jsonl(path=path, columns={"rating": "label"})
