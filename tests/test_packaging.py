@@ -36,9 +36,7 @@ def test_the_wheel_holds_every_configuration_file_and_module(unpacked: Path) -> 
 
 
 def test_the_installed_command_runs_from_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
-    code = (
-        "import bco_lab.app.main as m, sys; print(m.conf_folder()); sys.argv = ['bco-lab', '--cfg', 'job']; m.main()"
-    )
+    code = "import bco_lab.app.main as m, sys; print(m.conf_folder()); sys.argv = ['bco-lab', '--cfg', 'job']; m.main()"
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     run = [sys.executable, "-c", code]
     shown = subprocess.run(run, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout

@@ -16,6 +16,7 @@ from bco_lab.app import run_directory
 from bco_lab.app.suggestions import explain_composition_error
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -61,6 +62,10 @@ def guarded(action: Callable[[], object], *, show_everything: bool = False) -> i
         message = explain_composition_error(error, conf_folder(), sys.argv[1:])
         print(f"bco-lab: error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:  # a defect, or a device that ran out of memory: everything there is to know, and go on
+        traceback.print_exc()
+        print(f"bco-lab: error: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("bco-lab: interrupted; `bco-lab resume RUN_DIR` goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -3,6 +3,8 @@
 import math
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,12 +144,18 @@ def _place_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"W&B {mode}" if mode else "W&B", folder))
         # The folder around it serves as well, is shorter, and after a resumed run leads to the newest.
         around = str(Path(folder).parent) if Path(folder).parent.name == "wandb" else folder
-        rows.append(("read it", f"wandb leet inspect --summary --json {shlex.quote(around)}"))
+        rows.append(("read it", f"{_wandb()} leet inspect --summary --json {shlex.quote(around)}"))
         if mode != "online":
-            rows.append(("upload it", f"wandb sync {shlex.quote(folder)}"))
+            rows.append(("upload it", f"{_wandb()} sync {shlex.quote(folder)}"))
     if "model" in paths:
         rows.append(("use the model", f'AutoModelForCausalLM.from_pretrained("{_short_path(paths["model"])}")'))
     return rows
+
+
+def _wandb() -> str:
+    """The command as it can be typed here: with its path if its environment is not active."""
+    beside = Path(sys.executable).parent / "wandb"
+    return "wandb" if shutil.which("wandb") or not beside.exists() else _short_path(beside)
 
 
 def _indented(text: Text) -> Padding:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def _result() -> dict[str, Any]:
         },
         "wandb_mode": "offline",
     }
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
 
 
 def _render(result: dict[str, Any], width: int = 100, *, terminal: bool = False) -> str:
@@ -165,6 +171,18 @@ def test_without_held_out_rows_the_training_metrics_are_shown() -> None:
     assert _row(text, "margin") == ["–", "–"]
     assert "held-out" not in text
     assert "from_pretrained" not in text
+
+
+def test_wandb_is_named_with_its_path_where_it_is_not_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = Path(sys.executable).parent
+    paths = {"run_dir": "/tmp/r", "wandb": "/tmp/r/wandb/offline-run-1"}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert f"{beside}/wandb leet inspect" in _render({"status": "finished", "paths": paths}, width=300)
+    monkeypatch.setenv("PATH", str(beside))
+    assert "read it        wandb leet inspect" in _render({"status": "finished", "paths": paths}, width=300)
 
 
 def test_only_a_status() -> None:
