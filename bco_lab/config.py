@@ -1,8 +1,9 @@
 """BCOConfig: every setting of BCOTrainer, on top of transformers.TrainingArguments."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -10,6 +11,14 @@ from transformers import TrainingArguments
 from bco_lab.data.tokenization import TRUNCATIONS
 from bco_lab.losses import LOSS_REDUCTIONS
 from bco_lab.reward_shift import SHIFT_KINDS
+
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
+# Fields of TrainingArguments whose values are checked here as well, before anything is loaded.
+_COUNTED = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
+    *("save_total_limit", "seed", "data_seed", "ddp_find_unused_parameters"),
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -82,8 +91,27 @@ class BCOConfig(TrainingArguments):
                 setattr(self, old, None)
         super().__post_init__()
 
+    def _check_types(self) -> None:
+        own = BCOConfig.__annotations__
+        hints = get_type_hints(type(self))
+        for name in (*own, *_COUNTED):
+            kinds = set(get_args(hints[name])) or {hints[name]}
+            if kinds <= {int, float, bool, str, type(None)} and not _fits(getattr(self, name), kinds):
+                wanted = " or ".join(sorted(_KINDS[kind] for kind in kinds))
+                raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
+
     def _check(self) -> None:
+        self._check_types()
         _require(self.beta > 0, "beta", self.beta, "must be > 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be >= 1")
+        _require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "must be >= 1, or -1")
+        epochs = self.num_train_epochs
+        _require(self.max_steps > 0 or epochs > 0, "num_train_epochs", epochs, "must be > 0")
+        for name in ("learning_rate", "weight_decay", "warmup_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must be >= 0")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2^32)")
+        _require(self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "must be >= 2 or null")
         for name, known in (
             ("reward_shift", SHIFT_KINDS),
             ("loss_reduction", LOSS_REDUCTIONS),
@@ -91,7 +119,7 @@ class BCOConfig(TrainingArguments):
         ):
             _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
         _require(0 <= self.reward_shift_decay < 1, "reward_shift_decay", self.reward_shift_decay, "must be in [0, 1)")
-        for name in ("max_length", "max_completion_length", "dataset_num_proc"):
+        for name in ("max_completion_length", "dataset_num_proc"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be >= 1 or null")
         _require(
@@ -100,6 +128,15 @@ class BCOConfig(TrainingArguments):
             self.min_density_ratio,
             f"must be in (0, max_density_ratio={self.max_density_ratio}]",
         )
+
+
+def _fits(value: Any, kinds: set[type]) -> bool:
+    """Whether a value is of one of the kinds; True is no number, and a number is finite."""
+    if value is None or isinstance(value, bool | str):
+        return type(value) in kinds
+    if isinstance(value, int):
+        return bool(kinds & {int, float})
+    return isinstance(value, float) and math.isfinite(value) and float in kinds
 
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:

@@ -41,6 +41,19 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, not JSON: {error}") from error
+
+
 def json_ready(value: Any) -> Any:
     """`value` with non-finite floats replaced by None."""
     if isinstance(value, float):

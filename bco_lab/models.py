@@ -26,6 +26,7 @@ from transformers import (
 )
 
 PACKAGE_SCHEME = "package://"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 
 
@@ -95,6 +96,10 @@ class PolicySource:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype} must be one of {', '.join(DTYPES)}")
+        if self.name_or_path is None and self.quantization is not None:
+            raise ValueError("model.quantization is for weights that are loaded: give model.name_or_path")
         if self.name_or_path is None and self.random is None:
             raise ValueError("model.name_or_path=null must be a hub id or a folder: model.random is null as well")
         if self.name_or_path is not None:
@@ -110,8 +115,8 @@ class PolicySource:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone, in a second or two: rows are tokenised and checked before the model is loaded."""
-        tokenizer = AutoTokenizer.from_pretrained(
-            local_name(self._tokenizer_name), revision=self.revision, trust_remote_code=self.trust_remote_code
+        tokenizer = _loaded(
+            AutoTokenizer, self._tokenizer_name, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
@@ -125,18 +130,26 @@ class PolicySource:
 
     def _pretrained_model(self) -> PreTrainedModel:
         assert self.name_or_path is not None
-        name = local_name(self.name_or_path)
-        config = AutoConfig.from_pretrained(name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        name = self.name_or_path
+        config = _loaded(AutoConfig, name, revision=self.revision, trust_remote_code=self.trust_remote_code)
         override_config(config, self.config_overrides)
         options = {"attn_implementation": self.attn_implementation, "quantization_config": self.quantization}
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = _loaded(
+            AutoModelForCausalLM,
             name,
+            output_loading_info=True,
             config=config,
             revision=self.revision,
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             **{key: value for key, value in options.items() if value is not None},
         )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(
+                f"model.name_or_path={name} lacks {len(missing)} weights of its config, such as {missing[0]}"
+            )
+        return model
 
     def _random_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         assert self.random is not None
@@ -148,6 +161,20 @@ class PolicySource:
         set_seed(self.random.seed)
         dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation)
+
+
+def _loaded(auto_class: Any, name: str, **options: Any) -> Any:
+    """`from_pretrained`, with the name that was asked for in front of whatever goes wrong.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    try:
+        return auto_class.from_pretrained(local_name(name), **options)
+    # Every library below has errors of its own for damaged files, unknown architectures and closed networks.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"model {name} cannot be loaded ({auto_class.__name__}): {text[:400]}") from error
 
 
 def override_config(config: PreTrainedConfig, overrides: dict[str, Any] | None) -> None:

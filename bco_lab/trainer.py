@@ -15,9 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from bco_lab import checkpoints
 from bco_lab.config import BCOConfig
@@ -413,7 +415,16 @@ class BCOTrainer(Trainer):
             if not any(Path(resume_from_checkpoint).glob("*optim*")) and not self.is_deepspeed_enabled:
                 logger.warning("%s has no optimizer state (save_only_model): it starts afresh", resume_from_checkpoint)
             self.reward_shift = RewardShift(**checkpoints.load_reward_shift(Path(resume_from_checkpoint)))
+            saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if saved.global_step >= saved.max_steps > 0 and self.args.max_steps in (-1, saved.max_steps):
+                return self._restore_finished(str(resume_from_checkpoint), saved)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _restore_finished(self, checkpoint: str, saved: TrainerState) -> TrainOutput:
+        """Take over a checkpoint of the last step; the Trainer's own loop would take one step too many from there."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = saved
+        return TrainOutput(saved.global_step, 0.0, {})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -61,13 +61,13 @@ def test_everything_else_is_as_transformers_has_it(tmp_path: Path) -> None:
     [
         ({"beta": 0.0}, r"beta=0\.0 must be > 0"),
         ({"beta": -0.1}, r"beta=-0\.1 must be > 0"),
-        ({"beta": math.nan}, r"beta=nan must be > 0"),
+        ({"beta": math.nan}, r"beta=nan must be a finite number"),
         ({"reward_shift": "mean"}, r"reward_shift=mean must be one of ema, trl, zero"),
         ({"reward_shift_decay": 1.0}, r"reward_shift_decay=1\.0 must be in \[0, 1\)"),
         ({"reward_shift_decay": -0.5}, r"reward_shift_decay=-0\.5 must be in \[0, 1\)"),
         ({"loss_reduction": "sum"}, r"loss_reduction=sum must be one of class_balanced, pooled"),
         ({"truncation": "left"}, r"truncation=left must be one of keep_start, keep_end, drop"),
-        ({"max_length": 0}, r"max_length=0 must be >= 1 or null"),
+        ({"max_length": 0}, r"max_length=0 must be >= 2 or null"),
         ({"max_completion_length": -1}, r"max_completion_length=-1 must be >= 1 or null"),
         ({"dataset_num_proc": 0}, r"dataset_num_proc=0 must be >= 1 or null"),
         ({"min_density_ratio": 0.0}, r"min_density_ratio=0\.0 must be in \(0, max_density_ratio=10\.0\]"),
@@ -84,13 +84,13 @@ def test_the_ends_of_the_ranges_are_allowed(tmp_path: Path) -> None:
     made = config(
         tmp_path,
         reward_shift_decay=0.0,
-        max_length=1,
+        max_length=2,
         max_completion_length=1,
         dataset_num_proc=1,
         min_density_ratio=2.0,
         max_density_ratio=2.0,
     )
-    assert (made.reward_shift_decay, made.max_length, made.max_completion_length) == (0.0, 1, 1)
+    assert (made.reward_shift_decay, made.max_length, made.max_completion_length) == (0.0, 2, 1)
     assert config(tmp_path, max_length=None).max_length is None
 
 

@@ -103,6 +103,8 @@ def check_across(cfg: DictConfig, arguments: Any) -> None:
     """Rules that no single group can know."""
     if OmegaConf.select(cfg, "trainer.output_dir") is not None:
         raise ValueError("trainer.output_dir is the run directory's: choose that with hydra.run.dir=FOLDER")
+    if arguments.report_to:
+        raise ValueError(f"trainer.report_to={arguments.report_to} is the wandb group's: set wandb.mode there")
     if cfg.optimizer["_target_"].endswith(".Muon") and cfg.model.get("peft") is None:
         raise ValueError("optimizer=muon updates matrices only: it needs an adapter (model/adapter=lora)")
     if cfg.model.get("quantization") is not None and cfg.model.get("peft") is None:

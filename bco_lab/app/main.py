@@ -1,6 +1,7 @@
 """The command `bco-lab`: Hydra composes, the run directory is prepared, a launcher runs it."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def conf_folder() -> Path:
 def main() -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to stop ends as tidily as Ctrl-C
     if arguments and arguments[0] in COMMANDS:
         sys.exit(guarded(lambda: COMMANDS[arguments[0]](arguments[1:])))
     # Errors come back here instead of being printed by Hydra: one line for what a user can mend.

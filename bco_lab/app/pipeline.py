@@ -1,6 +1,5 @@
 """One run from its folder's configuration to result.json; every process of a distributed run goes through here."""
 
-import json
 import logging
 import sys
 import time
@@ -24,7 +23,7 @@ from bco_lab.config import BCOConfig
 from bco_lab.data.labels import check_both_classes
 from bco_lab.data.sources import FeedbackData
 from bco_lab.data.tokenization import TokenizationReport
-from bco_lab.files import write_json
+from bco_lab.files import read_json, write_json
 from bco_lab.models import Policy, PolicySource
 from bco_lab.preparation import prepare_rows
 from bco_lab.reference import REF_LOGPS
@@ -73,6 +72,7 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
         resumed_from = last_whole_checkpoint(run_dir / run_directory.CHECKPOINTS)
         comparison = Comparison(run_dir, cfg, trainer, data)
         before = comparison.before()
+        check_objective(cfg, before["metrics"])
         if resumed_from is not None:
             logger.info("Resuming from %s", resumed_from.name)
         if tracked.main:
@@ -137,12 +137,19 @@ def note_data(run_dir: Path, data: FeedbackData) -> None:
     """Write what the run trains on into environment.json."""
     if PartialState().is_main_process:
         environment = run_directory.read_environment(run_dir)
+        fingerprint = run_directory.data_fingerprint({"train": data.train, "eval": data.eval})
+        known = environment.get("data", {}).get("fingerprint", fingerprint)
+        if known != fingerprint and (run_dir / run_directory.BEFORE).exists():
+            raise ValueError(
+                f"the rows of dataset {data.name} have changed since this run began (fingerprint {known}, now "
+                f"{fingerprint}): bring the old rows back, or start another run"
+            )
         environment["data"] = {
             "name": data.name,
             "split_by": data.split_by,
             "train_rows": len(data.train),
             "eval_rows": len(data.eval) if data.eval is not None else 0,
-            "fingerprint": run_directory.data_fingerprint({"train": data.train, "eval": data.eval}),
+            "fingerprint": fingerprint,
         }
         write_json(run_dir / run_directory.ENVIRONMENT, environment)
 
@@ -184,7 +191,7 @@ class Tracked:
             config = OmegaConf.to_container(cfg, resolve=True)
             assert isinstance(config, dict)
             named = {str(key): value for key, value in config.items()}
-            self.wandb = WandbRun(build(cfg, "wandb"), run_dir, named, environment["wandb_run_id"])
+            self.wandb = WandbRun(build(cfg, "wandb"), run_dir, named, environment.get("wandb_run_id"))
             self.callbacks = [MetricsFile(run_dir / run_directory.METRICS), WandbMetrics(self.wandb)]
 
     def __enter__(self) -> "Tracked":
@@ -226,7 +233,7 @@ class Comparison:
     def before(self) -> dict[str, Any]:
         """The untrained policy; a resumed run reads what its first start wrote."""
         if self._file.is_file():
-            content: dict[str, Any] = json.loads(self._file.read_text())
+            content: dict[str, Any] = read_json(self._file)
             self._trainer.accelerator.wait_for_everyone()
             return content
         metrics = self._untrained_metrics() if self._trainer.eval_dataset is not None else {}
@@ -278,6 +285,16 @@ class Comparison:
         return None if rows is None else fit_judge(rows["text"], rows["label"], seed=self._settings.seed)
 
 
+def check_objective(cfg: DictConfig, metrics: dict[str, Any]) -> None:
+    """The objective must be one of the held-out metrics, if there are held-out rows.
+
+    Raises:
+        ValueError: It is not; the message lists those there are.
+    """
+    if metrics and cfg.objective not in metrics:
+        raise ValueError(f"objective={cfg.objective} is not among the held-out metrics: {', '.join(metrics)}")
+
+
 def collect(
     run_dir: Path,
     cfg: DictConfig,
@@ -288,8 +305,6 @@ def collect(
 ) -> dict[str, Any]:
     """Everything that result.json says, but for the times."""
     objective = after["metrics"].get(cfg.objective)
-    if objective is None and after["metrics"]:
-        raise ValueError(f"objective={cfg.objective} is not among the held-out metrics: {', '.join(after['metrics'])}")
     last = [row for row in trainer.state.log_history if "loss" in row]
     return {
         "status": "finished",

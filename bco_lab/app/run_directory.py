@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from bco_lab import __version__
-from bco_lab.files import write_json, write_text
+from bco_lab.files import read_json, write_json, write_text
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
@@ -64,18 +65,24 @@ def read_config(run_dir: Path) -> DictConfig:
 
     Raises:
         FileNotFoundError: The folder holds no run.
+        ValueError: The file is damaged.
     """
     path = run_dir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing")
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
+    try:
+        cfg = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged, not YAML: {error}") from error
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise ValueError(f"{path} is damaged: it holds no configuration")
     return cfg
 
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
     """What `prepare` noted of the machine and the packages."""
-    content: dict[str, Any] = json.loads((run_dir / ENVIRONMENT).read_text())
+    path = run_dir / ENVIRONMENT
+    content: dict[str, Any] = read_json(path) if path.is_file() else {}
     return content
 
 
@@ -84,7 +91,7 @@ def finished_result(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / RESULT
     if not path.is_file():
         return None
-    result: dict[str, Any] = json.loads(path.read_text())
+    result: dict[str, Any] = read_json(path)
     return result if result.get("config_hash") == config_hash(read_config(run_dir)) else None
 
 

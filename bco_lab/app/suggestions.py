@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -26,6 +26,8 @@ def explain_composition_error(error: BaseException, folder: Path, arguments: Seq
     if isinstance(error, MissingMandatoryValue):
         missing = re.search(r"full_key: (\S+)", str(error))
         return f"{missing.group(1) if missing else text} must be given"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {text} (quote a value with special characters: 'key=\"a=b\"')"
     found = _NO_SUCH_KEY.search(text)
     if not isinstance(error, HydraException) or found is None:
         return text

@@ -73,15 +73,17 @@ class MetricsFile(TrainerCallback):
 class WandbRun:
     """A Weights & Biases run that cannot hurt: the first failure is logged, then tracking stops, training goes on."""
 
-    def __init__(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any], run_id: str) -> None:
+    def __init__(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any], run_id: str | None) -> None:
         self._run: Any | None = None
         self.folder: str | None = None
         if settings.mode != "disabled":
             self._safely(lambda: self._start(settings, run_dir, config, run_id))
 
-    def _start(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any], run_id: str) -> None:
+    def _start(self, settings: WandbSettings, run_dir: Path, config: dict[str, Any], run_id: str | None) -> None:
         import wandb
 
+        if settings.mode == "online":
+            logger.info("Connecting to Weights & Biases")
         self._run = wandb.init(
             dir=str(run_dir),
             mode=settings.mode,  # type: ignore[arg-type]
@@ -95,7 +97,7 @@ class WandbRun:
             config=config,
             id=run_id,
             resume="allow" if settings.mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20),
         )
         self.folder = str(Path(self._run.dir).parent)
         self._run.define_metric("*", step_metric="trainer/step")

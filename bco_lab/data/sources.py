@@ -141,6 +141,12 @@ def load_jsonl(
         FileNotFoundError: There is no such file.
         ValueError: What is wrong with a row, naming file, line, column and rule; or with the file as a whole.
     """
+    for key, value in (("path", path), ("eval_path", eval_path)):
+        if not isinstance(value, str) and (key == "path" or value is not None):
+            raise ValueError(f"{key}={value} must be the name of a file")
+    for key, mapping in (("columns", columns), ("label_map", label_map)):
+        if mapping is not None and not isinstance(mapping, Mapping):
+            raise ValueError(f"{key}={mapping} must be a map, such as {{prompt: question}}")
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction={eval_fraction} must be in [0, 1)")
     if max_rows is not None and max_rows < 2:
@@ -149,6 +155,7 @@ def load_jsonl(
     check_both_classes([row.label for row in rows], path)
     if eval_path is not None:
         train, held_out, split_by = rows, _load_rows(eval_path, columns, label_map, max_rows, seed), "file"
+        _check_disjoint(train, held_out, path, eval_path)
     else:
         train, held_out, split_by = split_rows(rows, eval_fraction=eval_fraction, seed=seed, name=path)
     if shuffle_labels:
@@ -159,6 +166,18 @@ def load_jsonl(
         name=Path(path).stem,
         split_by=split_by,
     )
+
+
+def _check_disjoint(train: list[Row], held_out: list[Row], path: str, eval_path: str) -> None:
+    """Refuse to evaluate on rows that are trained on."""
+    lines = {json.dumps([row.prompt, row.completion]): row.example_id + 1 for row in train}
+    for row in held_out:
+        line = lines.get(json.dumps([row.prompt, row.completion]))
+        if line is not None:
+            raise ValueError(
+                f"{eval_path}, line {row.example_id + 1}: prompt and completion also stand in {path}, line {line}; "
+                "rows to evaluate on must not be trained on"
+            )
 
 
 def _load_rows(
@@ -198,7 +217,7 @@ def _read_json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 record = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
             if not hasattr(record, "keys"):
                 raise ValueError(f"{path}, line {number}: must be a JSON object with columns, not {line[:40]!r}")

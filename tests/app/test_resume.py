@@ -58,6 +58,53 @@ def test_killed_and_resumed_equals_undisturbed(bco_lab: Any, start: Any, environ
     assert [row["loss"] for row in metrics_of(killed)] == [row["loss"] for row in metrics_of(whole)]
 
 
+def test_a_run_killed_after_its_last_step_trains_no_further(
+    bco_lab: Any, environment: Path, feedback_log: Path
+) -> None:
+    # 27 rows and 5 steps of 4: the last step is in the middle of an epoch
+    settings = [*SETTINGS, f"dataset.path={feedback_log}", "trainer.max_steps=5", "trainer.save_steps=5"]
+    assert bco_lab(*settings, "hydra.run.dir=run").status == 0
+    run = environment / "run"
+    weights = (run / "model" / "adapter_model.safetensors").read_bytes()
+    first = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    resumed = bco_lab("resume", "run")
+    assert resumed.status == 0, resumed.err
+    again = json.loads((run / "result.json").read_text())
+    assert (run / "model" / "adapter_model.safetensors").read_bytes() == weights
+    assert (again["delta"], again["steps"]) == (first["delta"], 5)
+    assert again["samples"] == first["samples"]
+    assert again["objective"] == first["objective"]
+    assert _steps(run) == [1, 2, 3, 4, 5]
+
+
+def test_resume_refuses_other_rows(bco_lab: Any, environment: Path, feedback_log: Path) -> None:
+    settings = [*SETTINGS, f"dataset.path={feedback_log}", "trainer.max_steps=2"]
+    assert bco_lab(*settings, "hydra.run.dir=run").status == 0
+    (environment / "run" / "result.json").unlink()
+    noted = (environment / "run" / "environment.json").read_text()
+    feedback_log.write_text(feedback_log.read_text().replace("answer", "reply"))
+    ended = bco_lab("resume", "run")
+    assert ended.status == 2
+    assert "the rows of dataset feedback have changed since this run began" in ended.error
+    assert (environment / "run" / "environment.json").read_text() == noted
+
+
+def test_damaged_files_of_a_run_are_named(bco_lab: Any, environment: Path, feedback_log: Path) -> None:
+    settings = [*SETTINGS, f"dataset.path={feedback_log}", "trainer.max_steps=2"]
+    assert bco_lab(*settings, "hydra.run.dir=run").status == 0
+    run = environment / "run"
+    (run / "result.json").unlink()
+    before = (run / "before.json").read_text()
+    (run / "before.json").write_text(before[:40])
+    assert "before.json is damaged, not JSON" in bco_lab("resume", "run").error
+    (run / "before.json").write_text(before)
+    (run / "config.yaml").write_text("trainer: [")
+    assert "config.yaml is damaged, not YAML" in bco_lab("resume", "run").error
+    (run / "config.yaml").write_text("")
+    assert "config.yaml is damaged: it holds no configuration" in bco_lab("resume", "run").error
+
+
 def test_resume_of_a_folder_without_a_run_says_so(bco_lab: Any, environment: Path) -> None:
     ended = bco_lab("resume", "nowhere")
     assert ended.status == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from matplotlib.image import imread
 from runs import TINY, TINY_LOG, metrics_of, write_log
@@ -118,6 +119,46 @@ def test_weights_from_the_log_reach_the_loss(bco_lab: Any, tmp_path: Path, envir
     assert first["loss"] == pytest.approx((1 + 3) * 0.693147, rel=1e-4)
 
 
+def test_an_objective_that_does_not_exist_is_refused_before_training(
+    bco_lab: Any, environment: Path, feedback_log: Path
+) -> None:
+    ended = bco_lab(*TINY_LOG, PATH.format(feedback_log), "hydra.run.dir=run", "objective=eval_foo")
+    assert ended.status == 2
+    assert "objective=eval_foo is not among the held-out metrics: eval_rewards/chosen" in ended.error
+    assert not list((environment / "run").glob("checkpoints/*"))
+
+
+def test_rows_to_evaluate_on_must_not_be_trained_on(bco_lab: Any, feedback_log: Path) -> None:
+    ended = bco_lab(*TINY_LOG, PATH.format(feedback_log), f"dataset.eval_path={feedback_log}", "hydra.run.dir=run")
+    assert ended.status == 2
+    assert "feedback.jsonl, line 1: prompt and completion also stand in" in ended.error
+
+
+def test_damaged_weights_are_one_line_that_names_the_model(bco_lab: Any, environment: Path, feedback_log: Path) -> None:
+    tiny.model().save_pretrained(environment / "broken")
+    tiny.tokenizer().save_pretrained(environment / "broken")
+    weights = environment / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    local = [*TINY_LOG, PATH.format(feedback_log), "model.name_or_path=./broken", "hydra.run.dir=run"]
+    ended = bco_lab(*local)
+    assert ended.status == 2
+    assert "model ./broken cannot be loaded (AutoModelForCausalLM)" in ended.error
+    assert "Traceback" not in ended.err
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(
+    bco_lab: Any, environment: Path, feedback_log: Path
+) -> None:
+    tiny.model().save_pretrained(environment / "deeper")
+    tiny.tokenizer().save_pretrained(environment / "deeper")
+    config = environment / "deeper" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 3}))
+    local = [*TINY_LOG, PATH.format(feedback_log), "model.name_or_path=./deeper", "hydra.run.dir=run"]
+    ended = bco_lab(*local)
+    assert ended.status == 2
+    assert "model.name_or_path=./deeper lacks 9 weights of its config, such as model.layers.2." in ended.error
+
+
 LONG = "word " * 60
 ROW_ERRORS: list[tuple[str, str, list[str], str]] = [
     ("missing file", "", ["dataset.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
@@ -172,8 +213,6 @@ def test_room_can_be_made_by_truncation(bco_lab: Any, tmp_path: Path, environmen
 
 
 def test_chat_rows_need_a_chat_template(bco_lab: Any, tmp_path: Path, environment: Path) -> None:
-    import tiny
-
     tiny.model().save_pretrained(environment / "plain")
     tiny.tokenizer().save_pretrained(environment / "plain")
     rows = [
