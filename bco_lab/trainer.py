@@ -201,9 +201,17 @@ class BCOTrainer(Trainer):
         if processes == 1 or loader is None or isinstance(self.train_dataset, IterableDataset):
             return torch.ones(batch_size, dtype=torch.bool)
         accumulation = self.args.gradient_accumulation_steps
-        steps_per_epoch = max(1, math.ceil(len(loader) / accumulation))
-        batch_in_epoch = (self.state.global_step % steps_per_epoch) * accumulation + micro_batch
+        batch_in_epoch = (self.state.global_step % self._steps_per_epoch(loader)) * accumulation + micro_batch
         return true_rows(batch_size, batch_in_epoch, self.accelerator.process_index, processes, len(self.train_dataset))
+
+    def _steps_per_epoch(self, loader: Any) -> int:
+        return max(1, math.ceil(len(loader) / self.args.gradient_accumulation_steps))
+
+    def _planned_steps(self) -> int:
+        """Optimizer steps that `args` ask for in all."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch(self.get_train_dataloader()))
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(values, reduction="sum")
@@ -416,7 +424,7 @@ class BCOTrainer(Trainer):
                 logger.warning("%s has no optimizer state (save_only_model): it starts afresh", resume_from_checkpoint)
             self.reward_shift = RewardShift(**checkpoints.load_reward_shift(Path(resume_from_checkpoint)))
             saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if saved.global_step >= saved.max_steps > 0 and self.args.max_steps in (-1, saved.max_steps):
+            if saved.global_step >= self._planned_steps():
                 return self._restore_finished(str(resume_from_checkpoint), saved)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 

@@ -228,6 +228,20 @@ def test_resumed_run_ends_bit_identical(tmp_path: Path) -> None:
     assert tiny.logged(undisturbed, "loss")[5:] == tiny.logged(resumed, "loss")[5:]
 
 
+def test_a_finished_run_resumes_into_more_epochs_and_no_further_without_them(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": -1, "save_strategy": "steps", "save_steps": 2}
+    first = tiny.trainer(tmp_path, tiny.rows(16), num_train_epochs=1, **settings)
+    first.train()
+    assert first.state.global_step == 2
+    again = tiny.trainer(tmp_path, tiny.rows(16), num_train_epochs=1, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(tiny.weights(again), tiny.weights(first))
+    longer = tiny.trainer(tmp_path, tiny.rows(16), num_train_epochs=2, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 4
+    assert not torch.equal(tiny.weights(longer), tiny.weights(first))
+
+
 def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     trained = tiny.trainer(tmp_path, tiny.rows(16), save_strategy="steps", save_steps=1, save_total_limit=2)
     trained.train()
