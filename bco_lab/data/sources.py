@@ -68,7 +68,8 @@ def load_movie_reviews(
         judge_size: Rows for the judge, 0 for no judge; None for all that is left, which is nothing if `train_size` is
             None too.
         seed: Chooses the rows of each part.
-        shuffle_labels: Permute the labels within training and within evaluation rows, as a control; never the judge's.
+        shuffle_labels: Deal the labels out anew within training and within evaluation rows, as a control (see
+            `permute_labels`); never the judge's.
 
     Raises:
         FileNotFoundError: The package is not installed.
@@ -135,7 +136,8 @@ def load_jsonl(
         eval_fraction: Share of the rows to hold out, in [0, 1); 0 for no evaluation. Unused with `eval_path`.
         seed: Chooses the rows held out and those kept by `max_rows`.
         max_rows: Keep a random sample of at most this many rows of each file, in the file's order.
-        shuffle_labels: Permute the labels within training and within evaluation rows, as a control.
+        shuffle_labels: Deal the labels out anew within training and within evaluation rows, as a control (see
+            `permute_labels`).
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -92,9 +92,17 @@ def test_stratified_sample_keeps_shares_and_both_classes() -> None:
     assert stratified_sample(labels, 20, seed=1) != chosen
 
 
-def test_permute_labels_keeps_the_counts_and_breaks_the_order() -> None:
-    labels = [True] * 50 + [False] * 50
+@pytest.mark.parametrize(("desirable", "undesirable", "kept"), [(50, 50, 25), (30, 10, 22), (3, 0, 3), (1, 4, 0)])
+def test_permuted_labels_keep_the_counts_and_say_nothing_of_the_truth(
+    desirable: int, undesirable: int, kept: int
+) -> None:
+    labels = [True] * desirable + [False] * undesirable
     permuted = permute_labels(labels, seed=0)
-    assert sum(permuted) == 50
-    assert sum(permuted[:50]) == pytest.approx(25, abs=10)
-    assert permuted == permute_labels(labels, seed=0) != permute_labels(labels, seed=1)
+    assert sum(permuted) == desirable
+    assert sum(permuted[:desirable]) == kept
+
+
+def test_permuted_labels_depend_on_the_seed_alone() -> None:
+    labels = [True, False] * 50
+    assert permute_labels(labels, seed=0) == permute_labels(labels, seed=0) != permute_labels(labels, seed=1)
+
