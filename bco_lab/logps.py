@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_ELEMENTS_AT_ONCE = 2**24  # 64 MiB of float32 beside the logits
 
 
 class CompletionLogps(NamedTuple):
@@ -30,18 +33,25 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor], head: nn.Module
     completion is larger than the rewards that are computed from it.
 
     Args:
-        model: A decoder-only language model, possibly wrapped for distribution.
-        batch: `input_ids` and `attention_mask`, `[batch, tokens]`, and `completion_mask`, `[batch, tokens]` bool.
+        model: A language model, possibly wrapped for distribution.
+        batch: `input_ids` and `attention_mask`, `[batch, tokens]`, and `completion_mask`, `[batch, tokens]` bool; for
+            an encoder-decoder as well `decoder_input_ids` and `target_ids` (see `FeedbackCollator`).
         head: The module that maps hidden states to vocabulary logits (`model.get_output_embeddings()`). With it the
             head sees completion positions only; without it all logits are computed and then selected.
 
     Returns:
         CompletionLogps, differentiable with respect to the model.
     """
-    targets_here = batch["completion_mask"][:, 1:]
-    predicting = F.pad(targets_here, (0, 1))  # position t predicts token t + 1
-    targets = batch["input_ids"][:, 1:][targets_here]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if "decoder_input_ids" in batch:
+        # No decoder mask: padding stands on the right, where no completion token of a causal decoder looks.
+        inputs["decoder_input_ids"] = batch["decoder_input_ids"]
+        predicting = targets_here = batch["completion_mask"]
+        targets = batch["target_ids"][targets_here]
+    else:
+        targets_here = batch["completion_mask"][:, 1:]
+        predicting = F.pad(targets_here, (0, 1))  # position t predicts token t + 1
+        targets = batch["input_ids"][:, 1:][targets_here]
     if head is None:
         outputs = model(**inputs)
         logits = outputs.logits[predicting]
@@ -56,8 +66,42 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor], head: nn.Module
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """`log softmax(logits)[targets]` in float32, nats: logits `[tokens, vocab]`, targets and result `[tokens]`."""
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    """`log softmax(logits)[targets]` in float32, nats: logits `[tokens, vocab]`, targets and result `[tokens]`.
+
+    The logits are the largest tensor of a step by far, so none of their size is made beside them: the backward pass
+    writes their gradient over them. Whoever needs them after that must copy them before; autograd itself notices.
+    """
+    values: Tensor = _TokenLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _TokenLogps(torch.autograd.Function):
+    """`log softmax(logits)[targets]`; the gradient with respect to the logits is `one_hot(target) - softmax`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        highest = logits.amax(dim=1).float()  # subtracted first, as a sum of exponentials and its log need it
+        parts = zip(*(torch.split(tensor, _rows_at_once(logits)) for tensor in (logits, highest)), strict=True)
+        totals = torch.cat([(part.float() - high[:, None]).exp_().sum(dim=1) for part, high in parts])
+        ctx.save_for_backward(logits, targets, highest, totals)
+        return logits.gather(1, targets[:, None])[:, 0].float() - highest - totals.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, highest, totals = ctx.saved_tensors
+        rows = _rows_at_once(logits)
+        columns = (logits, targets, highest, -gradient / totals, gradient)
+        for part, target, high, scale, own in zip(*(torch.split(c, rows) for c in columns), strict=True):
+            wide = part.float()  # the same memory where it is float32 already
+            wide.sub_(high[:, None]).exp_().mul_(scale[:, None])
+            wide.scatter_add_(1, target[:, None], own[:, None])
+            part.copy_(wide)
+        return logits, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, _ELEMENTS_AT_ONCE // logits.shape[1])
 
 
 @contextmanager

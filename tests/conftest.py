@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralForCausalLM
 
 from bco_lab.data.collation import FeedbackCollator
 from bco_lab.models import converted_gguf, package_file
@@ -25,21 +25,7 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture
 def mixtral() -> MixtralForCausalLM:
     """A two-layer mixture of four experts with random float32 weights, in eval mode; it reports no auxiliary loss."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return MixtralForCausalLM(config).eval()
+    return tiny.mixtral().eval()
 
 
 @pytest.fixture

@@ -1,12 +1,17 @@
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, MixtralForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM, MixtralForCausalLM
 
+from bco_lab import logps
 from bco_lab.data.collation import FeedbackCollator
 from bco_lab.logps import completion_logps, only_positions, output_head, token_logps
 
@@ -182,3 +187,105 @@ def test_token_logps_by_hand() -> None:
 def test_output_head_is_the_module_that_makes_logits(llama: LlamaForCausalLM, lora_on_the_head: Any) -> None:
     assert output_head(lora_on_the_head) is lora_on_the_head.base_model.model.lm_head
     assert output_head(nn.Linear(2, 2)) is None
+
+
+# ---- encoder-decoders ----
+
+
+def bart() -> nn.Module:
+    """Its head adds a bias after the projection, which must not get lost."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=tiny.VOCABULARY,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config)
+    model.final_logits_bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [tiny.t5, lambda: tiny.t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu"), bart],
+    ids=["t5", "t5 untied", "bart"],
+)
+def test_an_encoder_decoder_equals_each_row_alone(make: Callable[[], Any], with_head: bool) -> None:
+    model = make().eval()
+    start = model.config.decoder_start_token_id
+    rows = list(tiny.rows(7))
+    batch = FeedbackCollator(decoder_start_token_id=start)(rows)
+    with torch.no_grad():
+        result = completion_logps(model, batch, output_head(model) if with_head else None)
+        for row, found in zip(rows, result.logps, strict=True):
+            prompt, completion = row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]
+            read = torch.tensor([[start, *completion[:-1]]])
+            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=read).logits[0].double()
+            expected = logits.log_softmax(-1)[range(len(completion)), completion].sum()
+            assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert result.token_counts.tolist() == [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+
+
+# ---- exactness ----
+
+
+def test_bfloat16_weights_cost_less_than_a_thousandth_of_a_nat_per_token() -> None:
+    narrow = tiny.model(max_position_embeddings=1024).to(torch.bfloat16).eval()
+    wide = copy.deepcopy(narrow).float()
+    ids = torch.randint(2, tiny.VOCABULARY, (800,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = FeedbackCollator()([{"input_ids": ids, "prompt_length": 100, "label": True, "example_id": 0}])
+    with torch.no_grad():
+        exact = completion_logps(wide, batch, output_head(wide)).logps.item()
+        found = completion_logps(narrow, batch, output_head(narrow)).logps
+        logits = narrow(input_ids=batch["input_ids"]).logits[0, 99:-1]
+        carelessly = logits.log_softmax(-1).gather(1, batch["input_ids"][0, 100:, None]).sum().item()
+    assert found.dtype == torch.float32
+    assert abs(found.item() - exact) / 700 < 1e-3
+    # what a sum in bfloat16 would have cost
+    assert abs(carelessly - exact) > 5 * abs(found.item() - exact)
+
+
+@pytest.mark.parametrize("elements_at_once", [1, 7 * 60, 2**24])
+def test_token_logps_and_their_gradient_are_those_of_cross_entropy(
+    elements_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "_ELEMENTS_AT_ONCE", elements_at_once)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 8, generator=draw, requires_grad=True)
+    head = torch.randn(60, 8, generator=draw, requires_grad=True)
+    targets = torch.randint(0, 60, (40,), generator=draw)
+    weights = torch.randn(40, generator=draw)
+    found = token_logps(hidden @ head.T * 10, targets)
+    gradients = torch.autograd.grad((found * weights).sum(), (hidden, head))
+    expected = -F.cross_entropy(hidden.double() @ head.double().T * 10, targets, reduction="none")
+    exact = torch.autograd.grad((expected * weights).sum(), (hidden, head))
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-5)
+    for one, other in zip(gradients, exact, strict=True):
+        assert ((one - other).norm() / other.norm()).item() < 1e-6
+
+
+def test_token_logps_are_finite_for_huge_logits() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
+    found = token_logps(logits * 1.0, torch.tensor([1, 2]))
+    assert found.tolist() == pytest.approx([-2e4, -math.log(3)])
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.tolist() == [pytest.approx(row) for row in ([-1.0, 1.0, 0.0], [-1 / 3, -1 / 3, 2 / 3])]
+
+
+def test_logits_that_somebody_else_needs_are_not_overwritten_in_silence() -> None:
+    scores = torch.randn(5, 9, requires_grad=True)
+    logits = scores.tanh()  # its backward pass reads its own result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        token_logps(logits, torch.zeros(5, dtype=torch.long)).sum().backward()

@@ -12,7 +12,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from bco_lab import BCOTrainer
 from bco_lab.checkpoints import MARKER, last_whole_checkpoint
@@ -302,23 +302,8 @@ def test_saved_adapter_and_model_load_again(tmp_path: Path) -> None:
 
 
 def test_mixture_of_experts_adds_its_scaled_auxiliary_loss(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        output_router_logits=True,
-        router_aux_loss_coef=0.25,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
     made = BCOTrainer(
-        model=MixtralForCausalLM(config),
+        model=tiny.mixtral(output_router_logits=True, router_aux_loss_coef=0.25),
         args=tiny.config(tmp_path, max_steps=1),
         train_dataset=tiny.rows(8),
         eval_dataset=tiny.rows(8, seed=1),

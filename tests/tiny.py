@@ -5,8 +5,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from bco_lab import BCOConfig, BCOTrainer
 
@@ -21,22 +29,67 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
-def model(seed: int = 0) -> LlamaForCausalLM:
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """The same words; like T5's it ends every text with <eos>."""
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    return made
+
+
+def model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     """A two-layer Llama with random float32 weights."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config)
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **config}))
+
+
+def mixtral(seed: int = 0, **config: Any) -> MixtralForCausalLM:
+    """A two-layer mixture of four experts with random float32 weights."""
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return MixtralForCausalLM(MixtralConfig(**{**defaults, **config}))
+
+
+def t5(seed: int = 0, **config: Any) -> T5ForConditionalGeneration:
+    """An encoder-decoder with two layers on each side and random float32 weights."""
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+    return T5ForConditionalGeneration(T5Config(**{**defaults, **config}))
 
 
 def rows(count: int, *, up_every: int = 3, seed: int = 0, **columns: list[Any]) -> Dataset:

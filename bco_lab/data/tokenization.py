@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
+from torch.utils.data import get_worker_info
 
 from bco_lab.data.chat import PairedText, apply_template, check_chat_template, check_pair, check_text, common_prefix
 from bco_lab.data.labels import check_both_classes, parse_label
@@ -53,6 +54,7 @@ def tokenize_dataset(
     max_completion_length: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
+    encoder_decoder: bool = False,
 ) -> tuple[Dataset | IterableDataset, TokenizationReport | None]:
     """Tokenise prompts and completions, or take over rows that are tokenised already.
 
@@ -75,6 +77,9 @@ def tokenize_dataset(
       completion;
     - `drop` leaves the row out.
 
+    For an **encoder-decoder** prompt and completion are tokenised apart, each with the tokenizer's own special tokens;
+    the rows look the same: the first `prompt_length` ids go to the encoder, the others to the decoder.
+
     Args:
         dataset: Columns `prompt`, `completion`, `label`; or `input_ids`, `prompt_length`, `label`. `example_id` is
             added as the row number if missing, `ref_logps` and `example_weight` are kept, others are removed.
@@ -84,6 +89,7 @@ def tokenize_dataset(
         max_completion_length: Most tokens a completion may have; None for no limit.
         num_proc: Processes to spread the rows over.
         name: Of the data set, in the progress bar and in errors.
+        encoder_decoder: Whether the model is an encoder-decoder.
 
     Returns:
         Rows with `input_ids` (list of ints), `prompt_length` (tokens, BOS included), `label` (bool) and `example_id`,
@@ -93,7 +99,7 @@ def tokenize_dataset(
         ValueError: A limit or a column is wrong, or a row is; the message names data set, row and column.
     """
     columns = _columns(dataset, name)
-    tokenise = _RowTokenizer(tokenizer, max_length, truncation, max_completion_length, name)
+    tokenise = _RowTokenizer(tokenizer, max_length, truncation, max_completion_length, name, encoder_decoder)
     tokenise.check_limits()
     removed = [column for column in columns if column not in (*_TOKENISED, *_PASSED_THROUGH)]
     if isinstance(dataset, IterableDataset):
@@ -172,6 +178,7 @@ class _RowTokenizer:
     truncation: str
     max_completion_length: int | None
     name: str
+    encoder_decoder: bool
 
     def check_limits(self) -> None:
         if self.truncation not in TRUNCATIONS:
@@ -182,7 +189,7 @@ class _RowTokenizer:
             raise ValueError(f"max_completion_length={self.max_completion_length} must be at least 1")
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        ids = [int(i) for i in batch.get("example_id", indices)]
+        ids = [int(i) for i in batch.get("example_id") or _row_numbers(indices)]
         where = [
             f"{self.name}, row {index}" + (f" (example_id {i})" if "example_id" in batch else "")
             for index, i in zip(indices, ids, strict=True)
@@ -191,7 +198,7 @@ class _RowTokenizer:
             encoded = [(list(row), int(n)) for row, n in zip(batch["input_ids"], batch["prompt_length"], strict=True)]
         else:
             texts = [self._text(*row) for row in zip(batch["prompt"], batch["completion"], where, strict=True)]
-            encoded = encode(texts, self.tokenizer)
+            encoded = (encode_apart if self.encoder_decoder else encode)(texts, self.tokenizer)
         out: dict[str, list[Any]] = {column: [] for column in (*_TOKENISED[:3], *_COUNTS)}
         for (tokens, prompt_length), label, place in zip(encoded, batch["label"], where, strict=True):
             fitted = self._fit(tokens, prompt_length, place)
@@ -225,6 +232,8 @@ class _RowTokenizer:
             raise ValueError(
                 f"{where}: no completion token, {len(tokens)} tokens of which {prompt_length} are the prompt"
             )
+        if self.encoder_decoder and prompt_length == 0:
+            raise ValueError(f"{where}: the prompt has no tokens, so the encoder would have nothing to read")
         if len(tokens) < 2:
             raise ValueError(f"{where}: nothing stands before its one completion token, so nothing predicts it")
         if self.max_completion_length is not None:
@@ -251,6 +260,12 @@ class _RowTokenizer:
         return prompt + completion, len(prompt)
 
 
+def _row_numbers(indices: Sequence[int]) -> list[int]:
+    """Row numbers that are unique also where several workers of a data loader each count their share of a stream."""
+    worker = get_worker_info()
+    return [index + (worker.id << 32 if worker else 0) for index in indices]
+
+
 def encode(texts: Sequence[PairedText], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], int]]:
     """Token ids and prompt length of each text, BOS and EOS in place, nothing truncated."""
     if tokenizer.eos_token is not None:
@@ -269,6 +284,21 @@ def encode(texts: Sequence[PairedText], tokenizer: "PreTrainedTokenizerBase") ->
             tokens = [*tokens, tokenizer.eos_token_id]
         finished.append((tokens, prompt_length))
     return finished
+
+
+def encode_apart(texts: Sequence[PairedText], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], int]]:
+    """Token ids and prompt length where prompt and completion are two texts, for encoder and decoder."""
+    eos = tokenizer.eos_token_id
+    encoded = []
+    for pair in texts:
+        if tokenizer.eos_token is not None:
+            pair = _without_eos(pair, tokenizer.eos_token)
+        prompt: list[int] = tokenizer(pair.text[: pair.boundary], verbose=False)["input_ids"]
+        completion: list[int] = tokenizer(text_target=pair.text[pair.boundary :], verbose=False)["input_ids"]
+        if eos is not None and completion[-1:] != [eos]:
+            completion = [*completion, eos]
+        encoded.append((prompt + completion, len(prompt)))
+    return encoded
 
 
 def _without_eos(pair: PairedText, eos: str) -> PairedText:

@@ -44,3 +44,16 @@ def test_optional_columns_are_collated_only_if_the_rows_have_them() -> None:
     assert batch["ref_logps"].tolist() == [-1.5, -1.5]
     assert batch["example_weight"].tolist() == [2.0, 2.0]
     assert batch["ref_logps"].dtype == batch["example_weight"].dtype == torch.float32
+
+
+def test_an_encoder_decoder_gets_prompts_and_shifted_completions() -> None:
+    batch = FeedbackCollator(pad_token_id=99, decoder_start_token_id=0)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 99, 99], [8, 9, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["target_ids"].tolist() == [[6, 7], [4, 2]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 6], [0, 4]]
+    assert batch["completion_mask"].tolist() == [[True, True], [True, True]]
+    uneven = FeedbackCollator(pad_token_id=99, decoder_start_token_id=0)([ROWS[0] | {"prompt_length": 2}, ROWS[1]])
+    assert uneven["target_ids"].tolist() == [[7, 99], [4, 2]]
+    assert uneven["decoder_input_ids"].tolist() == [[0, 7], [0, 4]]
+    assert uneven["completion_mask"].tolist() == [[True, False], [True, True]]

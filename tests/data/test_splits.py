@@ -105,4 +105,3 @@ def test_permuted_labels_keep_the_counts_and_say_nothing_of_the_truth(
 def test_permuted_labels_depend_on_the_seed_alone() -> None:
     labels = [True, False] * 50
     assert permute_labels(labels, seed=0) == permute_labels(labels, seed=0) != permute_labels(labels, seed=1)
-

@@ -1,4 +1,5 @@
 import pytest
+import tiny
 from datasets import Dataset, Features, IterableDataset, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -307,3 +308,35 @@ def test_the_types_do_not_depend_on_the_rows(letters) -> None:
         | {"example_id": Value("int64")}
     )
     assert found.features["input_ids"].feature == Value("int32")
+
+
+# --- encoder-decoder
+
+
+def apart(prompt, completion, **options) -> tuple[list[int], list[int]]:
+    return one(tiny.t5_tokenizer(), prompt, completion, encoder_decoder=True, **options)
+
+
+def test_an_encoder_decoder_gets_two_texts_each_with_its_own_end() -> None:
+    assert apart("w2 w3", "w4 w5") == ([2, 3, 1], [4, 5, 1])
+    assert apart("w2", "w4<eos>") == ([2, 1], [4, 1])
+    assert one(tiny.tokenizer(), "w2 w3", "w4", encoder_decoder=True) == ([2, 3], [4, 1])
+    assert apart("", "w4") == ([1], [4, 1])
+
+
+def test_limits_hold_for_encoder_and_decoder_together() -> None:
+    assert apart("w2 w3", "w4 w5 w6", max_completion_length=2) == ([2, 3, 1], [4, 5])
+    assert apart("w2 w3", "w4 w5 w6", max_length=5) == ([2, 3, 1], [4, 5])
+    assert apart("w2 w3 w4", "w5 w6", max_length=5, truncation="keep_end") == ([4, 1], [5, 6, 1])
+
+
+def test_messages_for_an_encoder_decoder_go_through_the_template() -> None:
+    tokenizer = tiny.t5_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    prompt, completion = chat("w2 w3", "w4")
+    assert one(tokenizer, prompt, completion, encoder_decoder=True) == ([2, 3, 1], [4, 1])
+
+
+def test_an_encoder_with_nothing_to_read_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train, row 0: the prompt has no tokens, so the encoder"):
+        one(tiny.tokenizer(), "", "w4", encoder_decoder=True)
