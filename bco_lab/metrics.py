@@ -89,6 +89,15 @@ def drop_repeats(table: ExampleTable) -> ExampleTable:
     return ExampleTable(*(column[keep] for column in table))
 
 
+def describe_first(table: ExampleTable, mask: Tensor) -> str:
+    """The first row of a table where `mask` is True, for an error message."""
+    row = {name: column[mask][0].item() for name, column in table._asdict().items()}
+    return (
+        f"example_id={row['example_id']} has reward {row['reward']} and loss {row['loss']} "
+        f"(logps {row['logps']}, ref_logps {row['ref_logps']}, weight {row['weight']})"
+    )
+
+
 def first_occurrence(ids: Tensor) -> Tensor:
     """`[rows]` bool mask, True where an id appears for the first time."""
     _, inverse = torch.unique(ids, return_inverse=True)

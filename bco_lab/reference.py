@@ -1,5 +1,6 @@
 """Reference log-probs: computed ahead as a column of the data, or on the fly from whoever plays the reference."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bco_lab.logps import completion_logps, output_head
+from bco_lab.losses import bco_loss
+from bco_lab.metrics import ExampleTable
 
 REF_LOGPS = "ref_logps"
 
@@ -30,12 +33,18 @@ def reference_mode(model: nn.Module, ref_adapter_name: str | None = None) -> Ite
     model.eval()
     try:
         with torch.no_grad(), _reference_adapter(model, ref_adapter_name):
+            # PEFT freezes an adapter that it switches off; FSDP, on its first forward pass, notes what trains.
+            _set_trainable(trainable)
             yield model
     finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        _set_trainable(trainable)
         for module, training in modes:
             module.training = training
+
+
+def _set_trainable(parameters: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in parameters:
+        parameter.requires_grad_(requires_grad)
 
 
 @contextmanager
@@ -102,15 +111,20 @@ def add_ref_logps(
     if by_length:
         order.sort(key=[-len(ids) for ids in dataset["input_ids"]].__getitem__)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    mine = batches[process_index::num_processes]
+    # As many batches for every process, some maybe for nothing: where weights are sharded, all must take part in each
+    # forward pass.
+    filled_up = math.ceil(len(batches) / num_processes) * num_processes
+    mine = range(process_index, filled_up, num_processes)
     head = output_head(model)
     results = [torch.empty(0, 2, dtype=torch.float64, device=device)]
     with reference_mode(model, ref_adapter_name):
-        for indices in tqdm(mine, desc=description, disable=process_index > 0, leave=False, unit="batch"):
+        for number in tqdm(mine, desc=description, disable=process_index > 0, leave=False, unit="batch"):
+            indices = batches[number % len(batches)]
             batch = {k: v.to(device) for k, v in collator([dataset[i] for i in indices]).items()}
             with autocast():
                 logps = completion_logps(model, batch, head).logps
-            results.append(torch.stack([torch.tensor(indices, device=device).double(), logps.double()], dim=1))
+            if number < len(batches):
+                results.append(torch.stack([torch.tensor(indices, device=device).double(), logps.double()], dim=1))
     everything = gather(torch.cat(results)).cpu()
     column = torch.full((len(dataset),), float("nan"), dtype=torch.float64)
     column[everything[:, 0].long()] = everything[:, 1]
@@ -120,3 +134,20 @@ def add_ref_logps(
             f"reference log-prob of example_id={dataset[bad]['example_id']} is {column[bad].item()}: it must be finite"
         )
     return dataset.add_column(REF_LOGPS, column.float().tolist())
+
+
+def reference_table(rows: Dataset) -> ExampleTable:
+    """What a forward pass of the reference would say of rows with `ref_logps`: its rewards are 0, by definition."""
+    columns = {name: torch.tensor(rows[name]) for name in ("example_id", "label", REF_LOGPS)}
+    lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
+    weighted = "example_weight" in rows.column_names
+    nothing = torch.zeros_like(columns[REF_LOGPS])
+    columns |= {
+        "tokens": lengths - torch.tensor(rows["prompt_length"]),
+        "logps": columns[REF_LOGPS],
+        "reward": nothing,
+        "delta": nothing,
+        "weight": torch.tensor(rows["example_weight"]) if weighted else torch.ones_like(nothing),
+    }
+    columns["loss"] = bco_loss(nothing, columns["label"], 0.0, columns["weight"])
+    return ExampleTable(**{k: v.double() if v.is_floating_point() else v for k, v in columns.items()})

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bco_lab.app import run_directory
 from bco_lab.app.checks import build
@@ -37,6 +37,7 @@ class DistributedLauncher:
     num_processes: int = 2
     main_process_port: int = 0
     threads_per_process: int | None = None
+    sharding: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:
@@ -50,7 +51,7 @@ class DistributedLauncher:
         """
         import torch
 
-        environment = dict(os.environ)
+        environment = os.environ | self.sharding
         if torch.cuda.is_available():
             command = self._accelerate(torch.cuda.device_count())
         else:
@@ -76,6 +77,23 @@ class DistributedLauncher:
     def _torchrun(self) -> list[str]:
         where = ["--standalone"] if self.main_process_port == 0 else ["--master-port", str(self.main_process_port)]
         return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(self.num_processes)]
+
+
+@dataclass(frozen=True)
+class ShardedLauncher(DistributedLauncher):
+    """Fully sharded data parallel (FSDP2): weights, gradients and optimizer state are split over the processes."""
+
+    sharding: ClassVar[dict[str, str]] = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_processes < 2:
+            raise ValueError(f"num_processes={self.num_processes} must be >= 2: there is nothing to split over one")
 
 
 def launch(run_dir: Path) -> float | None:

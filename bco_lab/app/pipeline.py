@@ -23,6 +23,7 @@ from bco_lab.config import BCOConfig
 from bco_lab.data.labels import check_both_classes
 from bco_lab.data.sources import FeedbackData
 from bco_lab.data.tokenization import TokenizationReport
+from bco_lab.distributed import every_process_computes
 from bco_lab.files import read_json, write_json
 from bco_lab.models import Policy, PolicySource
 from bco_lab.preparation import prepare_rows
@@ -265,12 +266,14 @@ class Comparison:
     def _sample(self, when: str) -> list[str]:
         accelerator = self._trainer.accelerator
         completions: list[str] = []
-        if self._main and self._settings.count:
+        # Where weights are sharded, all processes draw the same samples.
+        if self._settings.count and (self._main or every_process_computes(accelerator)):
             completions = generate_completions(
                 accelerator.unwrap_model(self._trainer.model),
                 self._trainer.processing_class,
                 self._prompts(),
                 description=f"Sampling {when}",
+                progress=self._main,
                 **self._settings.sampling(),
             )
         accelerator.wait_for_everyone()
