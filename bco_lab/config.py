@@ -20,6 +20,10 @@ _COUNTED = (
     *("save_total_limit", "seed", "data_seed", "ddp_find_unused_parameters"),
 )
 
+# What TRL 1.13.0's BCOTrainer did where BCOTrainer departs from it; lora_dropout=0 and equally full micro-batches are
+# the caller's part (docs/migration-from-trl.md).
+TRL_RECIPE = {"reward_shift": "trl", "loss_reduction": "pooled", "train_sampling_strategy": "sequential"}
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -65,6 +69,12 @@ class BCOConfig(TrainingArguments):
         "class_balanced", "class_balanced: mean over desirable + mean over undesirable rows; pooled: one mean."
     )
     disable_dropout: bool = _option(True, "Switch off dropout in policy and reference; lora_dropout stays.")
+    generate_during_eval: bool = _option(
+        False, "At each evaluation sample completions of policy and reference and log them side by side."
+    )
+    is_encoder_decoder: bool | None = _option(
+        None, "Whether model_init makes an encoder-decoder; unset: the model is asked."
+    )
     precompute_ref_log_probs: bool = _option(
         False, "Compute reference log-probs before the first step and keep no reference model in memory."
     )
@@ -73,6 +83,9 @@ class BCOConfig(TrainingArguments):
     )
     trust_remote_code: bool = _option(False, "Run Python code that a model repository ships. Trust it first.")
     dataset_num_proc: int | None = _option(None, "Processes that tokenise the data.")
+    prompt_sample_size: int = _option(
+        1024, "Prompts per class, at most, that the density ratio's classifier is fitted on."
+    )
     min_density_ratio: float = _option(0.5, "Lower clamp of the density ratio.")
     max_density_ratio: float = _option(10.0, "Upper clamp of the density ratio.")
 
@@ -90,6 +103,11 @@ class BCOConfig(TrainingArguments):
                 setattr(self, new, getattr(self, old))
                 setattr(self, old, None)
         super().__post_init__()
+
+    @classmethod
+    def like_trl(cls, **settings: Any) -> "BCOConfig":
+        """Settings under which losses, rewards and delta are those of TRL 1.13.0's BCOTrainer, step by step."""
+        return cls(**{**TRL_RECIPE, **settings})
 
     def _check_types(self) -> None:
         own = BCOConfig.__annotations__
@@ -122,6 +140,8 @@ class BCOConfig(TrainingArguments):
         for name in ("max_completion_length", "dataset_num_proc"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be >= 1 or null")
+        # fewer cannot be split into a part to fit on and a part to check with
+        _require(self.prompt_sample_size >= 2, "prompt_sample_size", self.prompt_sample_size, "must be >= 2")
         _require(
             0 < self.min_density_ratio <= self.max_density_ratio,
             "min_density_ratio",

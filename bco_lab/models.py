@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -115,7 +116,7 @@ class PolicySource:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone, in a second or two: rows are tokenised and checked before the model is loaded."""
-        tokenizer = _loaded(
+        tokenizer = load_pretrained(
             AutoTokenizer, self._tokenizer_name, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
         if self.chat_template is not None:
@@ -131,10 +132,10 @@ class PolicySource:
     def _pretrained_model(self) -> PreTrainedModel:
         assert self.name_or_path is not None
         name = self.name_or_path
-        config = _loaded(AutoConfig, name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        config = load_pretrained(AutoConfig, name, revision=self.revision, trust_remote_code=self.trust_remote_code)
         override_config(config, self.config_overrides)
         options = {"attn_implementation": self.attn_implementation, "quantization_config": self.quantization}
-        model, report = _loaded(
+        model, report = load_pretrained(
             AutoModelForCausalLM,
             name,
             output_loading_info=True,
@@ -163,8 +164,13 @@ class PolicySource:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation)
 
 
-def _loaded(auto_class: Any, name: str, **options: Any) -> Any:
-    """`from_pretrained`, with the name that was asked for in front of whatever goes wrong.
+def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """`from_pretrained` of one of the Auto classes, with the name that was asked for in front of whatever goes wrong.
+
+    Args:
+        auto_class: Such as AutoConfig.
+        name: Hub id, folder or `package://` name.
+        **options: For `from_pretrained`.
 
     Raises:
         ValueError: It cannot be loaded.
@@ -290,11 +296,22 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def load_named_model(name: str, model_init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
-    """A model from a hub id, folder or `package://` name, for BCOTrainer's string arguments."""
+    """A model from a hub id, folder or `package://` name, for BCOTrainer's string arguments.
+
+    Raises:
+        FileNotFoundError: A folder that is not there or holds no weights.
+        ValueError: A dtype that torch does not have, or a model that cannot be loaded.
+    """
     check_location(name, weights=True)
-    return AutoModelForCausalLM.from_pretrained(
-        local_name(name), **{"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
-    )
+    options = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
+    dtype = options.get("dtype", "auto")
+    if dtype != "auto" and not isinstance(
+        getattr(torch, dtype, None) if isinstance(dtype, str) else dtype, torch.dtype
+    ):
+        raise ValueError(f"model_init_kwargs.dtype={dtype!r} must be 'auto' or name a torch.dtype, such as 'bfloat16'")
+    shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    encoder_decoder = getattr(load_pretrained(AutoConfig, name, **shared), "is_encoder_decoder", False)
+    return load_pretrained(AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM, name, **options)
 
 
 def prepare_policy(
@@ -310,13 +327,18 @@ def prepare_policy(
         dropout: Whether the model keeps its dropout; the adapter's own stays in any case.
 
     Raises:
-        ValueError: `peft_config` for a model that already carries an adapter.
+        TypeError: `peft_config` is no PeftConfig.
+        ValueError: `peft_config` for a model that already carries an adapter, or an `adapter_name` that it lacks.
     """
     if not dropout:
         switch_off_dropout(model)
+    if peft_config is None and adapter_name is not None:
+        _activate(model, adapter_name)
     if peft_config is not None:
-        from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+        from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig such as LoraConfig")
         if isinstance(model, PeftModel):
             raise ValueError(
                 "peft_config with a model that is a PeftModel: pass one or the other, "
@@ -334,6 +356,23 @@ def prepare_policy(
         # a frozen embedding has no gradient to carry into the first recomputed block
         model.enable_input_require_grads()
     return model
+
+
+def _activate(model: Any, adapter_name: str) -> None:
+    """Make one of a PEFT model's adapters the one that trains."""
+    check_adapter(model, adapter_name, "model_adapter_name")
+    model.set_adapter(adapter_name)
+
+
+def check_adapter(model: Any, name: str, argument: str) -> None:
+    """Refuse the name of an adapter that a model does not have.
+
+    Raises:
+        ValueError: Names the argument and the adapters that there are.
+    """
+    known = list(getattr(model, "peft_config", {}))
+    if name not in known:
+        raise ValueError(f"{argument}={name}: the model has {'the adapters ' + ', '.join(known) if known else 'none'}")
 
 
 def switch_off_dropout(model: nn.Module) -> None:

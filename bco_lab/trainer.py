@@ -25,14 +25,36 @@ from bco_lab import checkpoints
 from bco_lab.config import BCOConfig
 from bco_lab.data.collation import FeedbackCollator
 from bco_lab.data.tokenization import TokenizationReport
+from bco_lab.distributed import (
+    check_reference_under_zero3,
+    enable_fsdp,
+    prepare_reference,
+    reshard,
+    saves_shards,
+    shard_policy,
+)
 from bco_lab.logps import completion_logps, output_head
 from bco_lab.losses import bco_loss, implicit_reward, reduction_weights
-from bco_lab.metrics import ExampleRecorder, ExampleTable, drop_repeats, summarize
-from bco_lab.models import frozen_copy, with_pad_token
-from bco_lab.preparation import each_set, load_if_named, prepare_model, prepare_rows, tokenizer_of
-from bco_lab.reference import REF_LOGPS, add_ref_logps, reference_mode
+from bco_lab.metrics import ExampleRecorder, ExampleTable, describe_first, drop_repeats, summarize
+from bco_lab.model_card import CARD, CardFacts, describe_data, final_metrics, training_settings, write_model_card
+from bco_lab.models import check_adapter, frozen_copy
+from bco_lab.preparation import (
+    check_arguments,
+    each_set,
+    is_encoder_decoder,
+    load_if_named,
+    match_rows,
+    prepare_model,
+    prepare_rows,
+    prompt_embedder,
+    tokenizer_in,
+    tokenizer_of,
+    unpaired_rows,
+)
+from bco_lab.reference import REF_LOGPS, add_ref_logps, reference_mode, reference_table
 from bco_lab.reward_shift import RewardShift, RewardSums
 from bco_lab.steps import OptimizerStep, plan_step, reward_totals, true_rows
+from bco_lab.udm import PromptMatching
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +74,14 @@ class BCOTrainer(Trainer):
         ref_model: The reference, or its name. None: the policy with its adapter off (PEFT), nothing at all where
             `args.precompute_ref_log_probs` or a `ref_logps` column answers for it, else a frozen copy of the policy.
         args: Settings.
-        train_dataset: Rows with `prompt`, `completion` and `label`, strings or chat messages; or rows that
-            `tokenize_dataset` prepared. A column `example_weight` weights rows, `p_desirable` is turned into the
-            clamped density ratio of undesirable rows.
+        train_dataset: Rows with `prompt`, `completion` and `label`, strings or chat messages; pairs with `chosen`,
+            `rejected` and maybe `prompt`; or rows that `tokenize_dataset` prepared; in memory or streamed. A column
+            `example_weight` weights rows, `p_desirable` is turned into the clamped density ratio of undesirable rows.
         eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer; None: the model's own.
+        processing_class: The tokenizer, or a processor with one inside; None: the model's own.
         data_collator: Turns rows into a batch; None: right padding.
-        model_init: Makes a fresh model, instead of `model`.
+        model_init: Makes a fresh model, instead of `model`, and again for each call of `train()`; it must bring the
+            same weights each time, since the reference is that of the first.
         callbacks: Further callbacks.
         optimizers: Optimizer and learning-rate scheduler.
         preprocess_logits_for_metrics: Called with rewards and labels of an evaluation batch before `compute_metrics`.
@@ -66,6 +89,10 @@ class BCOTrainer(Trainer):
         compute_metrics: Receives implicit rewards as predictions and labels.
         model_adapter_name: Name of the adapter that trains.
         ref_adapter_name: Name of an adapter that is the reference.
+        embedding_func: Underlying distribution matching: called with `input_ids` and `attention_mask`, `[batch,
+            tokens]`, of prompts; returns embeddings, `[batch, dim]`. Undesirable training rows are weighted by the
+            clamped density ratio that a classifier on the embeddings finds (see `bco_lab.udm`).
+        embedding_tokenizer: Tokenises prompts for `embedding_func`.
         optimizer_cls_and_kwargs: Optimizer class and its arguments.
 
     Raises:
@@ -73,6 +100,8 @@ class BCOTrainer(Trainer):
     """
 
     args: BCOConfig
+    model_init: Callable[..., PreTrainedModel] | None
+    model: Any
     train_dataset: Any
     eval_dataset: Any
 
@@ -85,7 +114,7 @@ class BCOTrainer(Trainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Callable[[Any], dict[str, Tensor]] | None = None,
-        model_init: Callable[[], PreTrainedModel] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -93,43 +122,71 @@ class BCOTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         model_adapter_name: str | None = None,
         ref_adapter_name: str | None = None,
+        embedding_func: Callable[..., Tensor] | None = None,
+        embedding_tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         args = args if args is not None else BCOConfig(output_dir="bco_output")
-        if ref_model is not None and ref_model is model:
-            raise ValueError("ref_model is the same object as model: pass None, or a separate copy")
-        set_seed(args.seed)  # before the adapter is drawn
-        if model is None:
-            if model_init is None:
-                raise ValueError("pass model, its name, or model_init")
-            model = model_init()
-        tokenizer = processing_class or tokenizer_of(model, args)
-        policy = prepare_model(model, args, peft_config, model_adapter_name)
-        self.ref_adapter_name = ref_adapter_name
-        self.reward_shift = RewardShift(kind=args.reward_shift, decay=args.reward_shift_decay)
+        check_arguments(
+            model=model,
+            ref_model=ref_model,
+            model_init=model_init,
+            args=args,
+            optimizers=optimizers,
+            embedding=(embedding_func, embedding_tokenizer),
+            adapters=(model_adapter_name, ref_adapter_name),
+        )
+        self._peft_config, self.model_adapter_name, self.ref_adapter_name = (
+            peft_config,
+            model_adapter_name,
+            ref_adapter_name,
+        )
+        set_seed(args.seed)
+        if model_init is not None:
+            self.model_init = model_init
+            model = super().call_model_init()
+        # Rows before weights: a row that breaks a rule should not cost the loading of a model.
+        self.is_encoder_decoder = is_encoder_decoder(model, args)
+        processing_class = processing_class or tokenizer_of(model, args)
+        self._tokenizer = tokenizer_in(processing_class)
+        self.args = args
+        self.reward_shift = self._fresh_reward_shift()
         self.tokenization: dict[str, TokenizationReport | None] = {}
         self._step: OptimizerStep | None = None
         self._train_rows, self._eval_rows = ExampleRecorder(), ExampleRecorder()
+        self._embed = prompt_embedder(embedding_func, embedding_tokenizer, args)
+        self.matching: PromptMatching | None = None
+        train_rows = self._prepared(train_dataset, "train")
+        eval_rows = each_set(eval_dataset, "eval", self._prepared)
+        if ref_model is None and not _ref_logps_known(train_rows, eval_rows):
+            adapter = peft_config is not None or hasattr(model, "peft_config")
+            check_reference_under_zero3(adapter=adapter, precompute=args.precompute_ref_log_probs)
 
+        set_seed(args.seed)  # before the adapter is drawn
+        policy = prepare_model(model, args, peft_config, model_adapter_name)
+        if ref_adapter_name is not None:
+            check_adapter(policy, ref_adapter_name, "ref_adapter_name")
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or FeedbackCollator(pad_token_id=with_pad_token(tokenizer).pad_token_id),
-            train_dataset=self._prepared(train_dataset, "train", tokenizer, args),
-            eval_dataset=each_set(eval_dataset, "eval", lambda rows, name: self._prepared(rows, name, tokenizer, args)),
-            processing_class=tokenizer,
+            data_collator=data_collator or self._collator(policy),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             compute_metrics=compute_metrics,
         )
+        self.model_init = model_init
         # The loss of a micro-batch is already its share of the whole step; both names are read, by different releases.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.label_names = ["label"]
         self._aux_coef = float(getattr(policy.config, "router_aux_loss_coef", 0.0) or 0.0)
         self.ref_model = self._reference_model(load_if_named(ref_model, args))
+        self.model_wrapped = self.model = shard_policy(self.accelerator, self.model)
         if args.precompute_ref_log_probs:
             self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
             self.eval_dataset = each_set(self.eval_dataset, "eval", self._with_ref_logps)
@@ -137,23 +194,42 @@ class BCOTrainer(Trainer):
 
     # ---- set-up ----
 
-    def _prepared(self, dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: BCOConfig) -> Any:
-        rows, self.tokenization[name] = prepare_rows(dataset, tokenizer, args, name)
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        rows = unpaired_rows(dataset, self.args, name)
+        if self._embed is not None and rows is not None:
+            rows, self.matching = match_rows(rows, self._embed, self.matching, self.args, name)
+        rows, self.tokenization[name] = prepare_rows(
+            rows, self._tokenizer, self.args, name, encoder_decoder=self.is_encoder_decoder
+        )
         return rows
+
+    def _collator(self, policy: Any) -> FeedbackCollator:
+        if not self.is_encoder_decoder:
+            return FeedbackCollator(pad_token_id=self._tokenizer.pad_token_id)
+        start = policy.config.decoder_start_token_id
+        return FeedbackCollator(pad_token_id=self._tokenizer.pad_token_id, decoder_start_token_id=start)
+
+    def _fresh_reward_shift(self) -> RewardShift:
+        return RewardShift(kind=self.args.reward_shift, decay=self.args.reward_shift_decay)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; a request for FSDP is granted on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = enable_fsdp(self.accelerator, getattr(self.args, "fsdp_plugin_args", None))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A fresh policy from `model_init`, with dropout and adapter as asked for."""
+        return prepare_model(super().call_model_init(trial), self.args, self._peft_config, self.model_adapter_name)
 
     def _reference_model(self, ref_model: Any) -> nn.Module | None:
         if ref_model is None:
-            own = self.args.precompute_ref_log_probs or hasattr(self.model, "peft_config")
-            datasets_ = [
-                self.train_dataset,
-                *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]),
-            ]
-            if own or all(REF_LOGPS in (d.column_names or []) for d in datasets_ if d is not None):
+            precompute, adapter = self.args.precompute_ref_log_probs, hasattr(self.model, "peft_config")
+            # DeepSpeed moves the policy to its device when training begins: too late for what is computed ahead.
+            own = (precompute and not self.is_deepspeed_enabled) or (adapter and not precompute)
+            if own or _ref_logps_known(self.train_dataset, self.eval_dataset):
                 return None
             ref_model = frozen_copy(self.model)
-        ref_model.eval().requires_grad_(False)
-        prepared: nn.Module = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        return prepared
+        return prepare_reference(self.accelerator, ref_model.eval().requires_grad_(False))
 
     def _with_ref_logps(self, dataset: Any, name: str) -> Any:
         if dataset is None or REF_LOGPS in (dataset.column_names or []):
@@ -251,8 +327,9 @@ class BCOTrainer(Trainer):
 
     def _score(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Rewards of a batch, with the columns of `bco_lab.metrics` but for delta and loss, and the auxiliary loss."""
-        policy = completion_logps(model, inputs, self._head(model))
+        # The reference first: its logits are gone before those of the policy, which wait for the backward pass, come.
         ref_logps = inputs[REF_LOGPS] if REF_LOGPS in inputs else self._ref_logps(model, inputs)
+        policy = completion_logps(model, inputs, self._head(model))
         reward = implicit_reward(policy.logps, ref_logps, self.args.beta)
         columns = {
             "example_id": inputs["example_id"],
@@ -301,11 +378,9 @@ class BCOTrainer(Trainer):
         where = f"step {self.state.global_step + 1}"
         if not bool(bad.any()):
             raise FloatingPointError(f"{where}: the loss is not finite (aux_loss={aux_loss})")
-        row = {name: column[bad][0].item() for name, column in table._asdict().items()}
         raise FloatingPointError(
-            f"{where}: example_id={row['example_id']} has reward {row['reward']} and loss {row['loss']} "
-            f"(logps {row['logps']}, ref_logps {row['ref_logps']}, weight {row['weight']}); "
-            f"{int(bad.sum())} example(s) in all. A lower learning_rate or max_grad_norm usually helps"
+            f"{where}: {describe_first(table, bad)}; {int(bad.sum())} example(s) in all. "
+            "A lower learning_rate or max_grad_norm usually helps"
         )
 
     # ---- evaluation and logging ----
@@ -347,17 +422,7 @@ class BCOTrainer(Trainer):
         rows = self.eval_dataset
         if not isinstance(rows, Dataset) or REF_LOGPS not in rows.column_names:
             raise ValueError("reference_metrics needs one eval_dataset with ref_logps (precompute_ref_log_probs=True)")
-        columns = {name: torch.tensor(rows[name]) for name in ("example_id", "label", REF_LOGPS)}
-        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
-        columns["tokens"] = lengths - torch.tensor(rows["prompt_length"])
-        columns["logps"] = columns[REF_LOGPS]
-        columns["reward"] = torch.zeros_like(columns["logps"])
-        weighted = "example_weight" in rows.column_names
-        columns["weight"] = torch.tensor(rows["example_weight"]) if weighted else torch.ones_like(columns["logps"])
-        columns["delta"] = torch.zeros_like(columns["logps"])
-        columns["loss"] = bco_loss(columns["reward"], columns["label"], 0.0, columns["weight"])
-        table = ExampleTable(**{k: v.double() if v.is_floating_point() else v for k, v in columns.items()})
-        metrics = self._metrics(table, None)
+        metrics = self._metrics(reference_table(rows), None)
         metrics["loss"] = metrics.pop("bco_loss")
         return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -400,25 +465,30 @@ class BCOTrainer(Trainer):
     ) -> dict[str, float]:
         """Metrics on `eval_dataset` (raw or prepared rows, or a dict of them) or on the trainer's own."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = each_set(eval_dataset, "eval", self._late)
+            eval_dataset = each_set(eval_dataset, "eval", self._prepared)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Implicit rewards (`predictions`), labels and metrics of raw or prepared rows."""
-        return super().predict(self._late(test_dataset, "test"), ignore_keys, metric_key_prefix)
-
-    def _late(self, dataset: Any, name: str) -> Any:
-        return self._prepared(dataset, name, self.processing_class, self.args)
+        return super().predict(self._prepared(test_dataset, "test"), ignore_keys, metric_key_prefix)
 
     # ---- checkpoints ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the newest whole checkpoint in `args.output_dir`."""
         if resume_from_checkpoint is True:
             found = checkpoints.last_whole_checkpoint(Path(self.args.output_dir))
             if found is None:
                 raise FileNotFoundError(f"no whole checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
+        reshard(self.model)
+        if self.model_init is not None:
+            self.reward_shift = self._fresh_reward_shift()
         if resume_from_checkpoint:
             if not any(Path(resume_from_checkpoint).glob("*optim*")) and not self.is_deepspeed_enabled:
                 logger.warning("%s has no optimizer state (save_only_model): it starts afresh", resume_from_checkpoint)
@@ -426,7 +496,7 @@ class BCOTrainer(Trainer):
             saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             if saved.global_step >= self._planned_steps():
                 return self._restore_finished(str(resume_from_checkpoint), saved)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _restore_finished(self, checkpoint: str, saved: TrainerState) -> TrainOutput:
         """Take over a checkpoint of the last step; the Trainer's own loop would take one step too many from there."""
@@ -434,10 +504,83 @@ class BCOTrainer(Trainer):
         self.state = saved
         return TrainOutput(saved.global_step, 0.0, {})
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save whole weights (or the adapter) that load on one process, also where checkpoints are sharded."""
+        if not _internal_call and saves_shards(self.accelerator):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.is_world_process_zero():
+            self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        *,
+        language: str | None = None,
+        license: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md to `args.output_dir`: method, paper, data, hyperparameters, final metrics, versions.
+
+        Args:
+            model_name: Title of the card; None: the hub id or the folder's name.
+            dataset_name: Hub id of the data.
+            tags: Added to those of the method.
+            language: Metadata of the hub.
+            license: Metadata of the hub.
+            finetuned_from: The model that was aligned; None: what the model says of itself.
+            tasks: Metadata of the hub.
+            dataset_tags: The Trainer's name for `dataset_name`.
+            dataset: Another of its names.
+            dataset_args: Further words about the data.
+        """
+        if not self.is_world_process_zero():
+            return
+        header = {"language": language, "license": license, "tags": tags}
+        header["pipeline_tag"] = tasks if isinstance(tasks, str) else next(iter(tasks or ()), None)
+        self._write_card(
+            Path(self.args.output_dir),
+            name=model_name,
+            base_model=finetuned_from,
+            data=describe_data(self.train_dataset, dataset_name or dataset_tags or dataset, dataset_args),
+            header=header,
+        )
+
+    def _write_card(self, folder: Path, **facts: Any) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        adapter = (self.model_adapter_name or "default") if hasattr(policy, "peft_config") else None
+        known = {
+            "name": self.hub_model_id or folder.resolve().name,
+            "base_model": getattr(policy.config, "_name_or_path", None),
+            "repository": self.hub_model_id,
+            "adapter": adapter,
+            "encoder_decoder": self.is_encoder_decoder,
+            "data": describe_data(self.train_dataset),
+            "settings": training_settings(
+                self.args,
+                self.state,
+                processes=self.accelerator.num_processes,
+                optimizer=self.optimizer,
+                peft_config=policy.peft_config[adapter] if adapter else None,
+            ),
+            "metrics": final_metrics(self.state.log_history),
+        }
+        write_model_card(folder, CardFacts(**(known | {key: value for key, value in facts.items() if value})))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        had_card = (folder / CARD).exists()
         super()._save(output_dir, state_dict)
         # A pickle that nothing reads: the settings are in trainer_state.json and, from the command line, config.yaml.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if not had_card:
+            (folder / CARD).unlink(missing_ok=True)  # the empty form that PEFT leaves with every adapter
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -458,3 +601,8 @@ class BCOTrainer(Trainer):
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+
+def _ref_logps_known(train: Any, evaluation: Any) -> bool:
+    sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+    return all(REF_LOGPS in (rows.column_names or []) for rows in sets if rows is not None)

@@ -36,10 +36,13 @@ def test_defaults_are_the_papers_and_those_of_trl(tmp_path: Path) -> None:
         "reward_shift_decay": 0.9,
         "loss_reduction": "class_balanced",
         "disable_dropout": True,
+        "generate_during_eval": False,
+        "is_encoder_decoder": None,
         "precompute_ref_log_probs": False,
         "model_init_kwargs": None,
         "trust_remote_code": False,
         "dataset_num_proc": None,
+        "prompt_sample_size": 1024,
         "min_density_ratio": 0.5,
         "max_density_ratio": 10.0,
     }
@@ -70,6 +73,7 @@ def test_everything_else_is_as_transformers_has_it(tmp_path: Path) -> None:
         ({"max_length": 0}, r"max_length=0 must be >= 2 or null"),
         ({"max_completion_length": -1}, r"max_completion_length=-1 must be >= 1 or null"),
         ({"dataset_num_proc": 0}, r"dataset_num_proc=0 must be >= 1 or null"),
+        ({"prompt_sample_size": 1}, r"prompt_sample_size=1 must be >= 2"),
         ({"min_density_ratio": 0.0}, r"min_density_ratio=0\.0 must be in \(0, max_density_ratio=10\.0\]"),
         ({"min_density_ratio": 20.0}, r"min_density_ratio=20\.0 must be in \(0, max_density_ratio=10\.0\]"),
         ({"max_density_ratio": 0.25}, r"min_density_ratio=0\.5 must be in \(0, max_density_ratio=0\.25\]"),
@@ -156,7 +160,7 @@ def test_every_field_of_ours_has_a_help_text(monkeypatch: pytest.MonkeyPatch, ca
     shown = capsys.readouterr().out
     texts = {field.name: field.metadata["help"] for field in dataclasses.fields(BCOConfig) if field.name in OWN_FIELDS}
     assert texts.keys() == OWN_FIELDS
-    assert len(set(texts.values())) == len(texts) == 19
+    assert len(set(texts.values())) == len(texts) == 22
     for name, text in texts.items():
         assert f"--{name} " in shown
         assert text in shown
@@ -169,12 +173,14 @@ def test_arguments_arrive_with_their_types(tmp_path: Path) -> None:
         *("--reward_shift_decay", "0.5", "--max_completion_length", "8", "--truncation", "drop"),
         *("--gradient_checkpointing", "False", "--bf16", "False", "--disable_dropout", "False"),
         *("--precompute_ref_log_probs", "--model_init_kwargs", '{"dtype": "float32"}', "--dataset_num_proc", "2"),
+        *("--generate_during_eval", "--is_encoder_decoder", "False", "--prompt_sample_size", "64"),
         *("--min_density_ratio", "0.25", "--max_density_ratio", "4", "--learning_rate", "1e-5"),
     )
     assert (made.beta, made.max_length, made.reward_shift, made.loss_reduction) == (0.3, 64, "trl", "pooled")
     assert (made.reward_shift_decay, made.max_completion_length, made.truncation) == (0.5, 8, "drop")
     assert (made.gradient_checkpointing, made.activation_checkpointing, made.bf16) == (False, False, False)
     assert (made.disable_dropout, made.precompute_ref_log_probs, made.dataset_num_proc) == (False, True, 2)
+    assert (made.generate_during_eval, made.is_encoder_decoder, made.prompt_sample_size) == (True, False, 64)
     assert made.model_init_kwargs == {"dtype": "float32"}
     assert (made.min_density_ratio, made.max_density_ratio, made.learning_rate) == (0.25, 4.0, 1e-5)
 
@@ -191,3 +197,15 @@ def test_an_empty_command_line_gives_the_defaults(tmp_path: Path) -> None:
 def test_a_bad_value_on_the_command_line_is_refused_with_its_rule(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^beta=-1\.0 must be > 0$"):
         parsed(tmp_path, "--beta", "-1")
+
+
+def test_the_compatibility_recipe_can_be_overridden(tmp_path: Path) -> None:
+    made = BCOConfig.like_trl(output_dir=str(tmp_path), beta=0.2)
+    assert (made.reward_shift, made.loss_reduction, made.train_sampling_strategy) == ("trl", "pooled", "sequential")
+    assert (made.beta, made.learning_rate) == (0.2, 5e-7)
+    assert BCOConfig.like_trl(output_dir=str(tmp_path), reward_shift="zero").reward_shift == "zero"
+
+
+def test_a_dtype_object_survives_saving_as_json(tmp_path: Path) -> None:
+    made = config(tmp_path, model_init_kwargs={"dtype": torch.bfloat16})
+    assert '"dtype": "bfloat16"' in made.to_json_string()

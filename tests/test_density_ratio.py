@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from bco_lab.density_ratio import density_ratio
+from bco_lab.density_ratio import density_ratio, effective_sample_size, summarize_weights
 
 
 def test_ratio_by_hand() -> None:
@@ -37,3 +39,42 @@ def test_bounds_in_the_wrong_order_name_value_and_rule(low: float, high: float) 
     message = rf"^min_density_ratio={low} must be in \(0, max_density_ratio={high}\]$"
     with pytest.raises(ValueError, match=message):
         density_ratio(torch.tensor([0.5]), low, high)
+
+
+# Odds 1/4, 1, 3, 4, 19 and, clamped to [0.5, 5], weights 0.5, 1, 3, 4, 5: Σw = 13.5, Σw² = 51.25.
+PROBABILITIES = torch.tensor([0.2, 0.5, 0.75, 0.8, 0.95], dtype=torch.float64)
+
+
+def test_summary_by_hand() -> None:
+    found = summarize_weights(PROBABILITIES, 0.5, 5.0)
+    assert found.rows == 5
+    assert found.mean == pytest.approx(2.7, rel=1e-12)
+    assert found.unclamped_mean == pytest.approx(27.25 / 5, rel=1e-12)
+    assert found.effective_sample_size == pytest.approx(13.5**2 / 51.25, rel=1e-12)
+    assert (found.share_below_min, found.share_above_max) == (0.2, 0.2)
+    assert found.to_dict()["share_above_max"] == 0.2
+
+
+def test_ratios_on_a_bound_are_not_clamped() -> None:
+    found = summarize_weights(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 1 / 3, 3.0)
+    assert (found.share_below_min, found.share_above_max) == (0.0, 0.0)
+
+
+def test_certain_rows_are_clamped_and_show_in_the_unclamped_mean() -> None:
+    found = summarize_weights(torch.tensor([1.0, 0.5, 0.0]), 0.5, 2.0)
+    assert found.mean == pytest.approx((2 + 1 + 0.5) / 3)
+    assert found.unclamped_mean == math.inf
+    assert (found.share_below_min, found.share_above_max) == pytest.approx((1 / 3, 1 / 3))
+
+
+def test_a_summary_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^there are no undesirable rows to weigh$"):
+        summarize_weights(torch.empty(0), 0.5, 10.0)
+
+
+def test_effective_sample_size_counts_equal_weights_fully_and_ignores_their_scale() -> None:
+    assert effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7.0)
+    weights = torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
+    assert effective_sample_size(weights) == pytest.approx(16 / 6)
+    assert effective_sample_size(10 * weights) == pytest.approx(16 / 6)
+    assert math.isnan(effective_sample_size(torch.empty(0)))
