@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bco_lab.density_ratio import effective_sample_size
+
 COLUMNS = ("example_id", "label", "reward", "logps", "ref_logps", "tokens", "weight", "delta", "loss")
 _LARGEST_EXPONENT = 80.0  # e^80 still prints; a reward beyond it is a broken run, which other metrics show
 
@@ -148,11 +150,6 @@ def auc(rewards: Tensor, labels: Tensor) -> float:
     below = torch.searchsorted(down, up, side="left")
     not_above = torch.searchsorted(down, up, side="right")
     return ((below + not_above).double().mean() / (2 * down.numel())).item()
-
-
-def effective_sample_size(weights: Tensor) -> float:
-    """Kish's effective sample size, `(sum w)^2 / sum w^2`; NaN without rows."""
-    return (weights.sum() ** 2 / (weights**2).sum()).item() if weights.numel() else float("nan")
 
 
 def _mean(values: Tensor) -> float:

@@ -123,6 +123,18 @@ class PolicySource:
             tokenizer.chat_template = self.chat_template
         return with_pad_token(tokenizer)
 
+    def load_config(self) -> PreTrainedConfig:
+        """The model's configuration alone, with the overrides."""
+        if self.name_or_path is None:
+            assert self.random is not None
+            config = copy.deepcopy(self.random.config)
+        else:
+            config = load_pretrained(
+                AutoConfig, self.name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        override_config(config, self.config_overrides)
+        return config
+
     def load(self) -> Policy:
         """Model, tokenizer and adapter configuration, ready for BCOTrainer."""
         tokenizer = self.load_tokenizer()
@@ -132,11 +144,10 @@ class PolicySource:
     def _pretrained_model(self) -> PreTrainedModel:
         assert self.name_or_path is not None
         name = self.name_or_path
-        config = load_pretrained(AutoConfig, name, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        override_config(config, self.config_overrides)
+        config = self.load_config()
         options = {"attn_implementation": self.attn_implementation, "quantization_config": self.quantization}
         model, report = load_pretrained(
-            AutoModelForCausalLM,
+            auto_class_of(config),
             name,
             output_loading_info=True,
             config=config,
@@ -154,14 +165,14 @@ class PolicySource:
 
     def _random_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         assert self.random is not None
-        config = copy.deepcopy(self.random.config)
+        config = self.load_config()
         config.vocab_size = len(tokenizer)
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-        override_config(config, self.config_overrides)
+        override_config(config, self.config_overrides)  # they have the last word
         set_seed(self.random.seed)
         dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation)
+        return auto_class_of(config).from_config(config, dtype=dtype, attn_implementation=self.attn_implementation)
 
 
 def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
@@ -310,8 +321,12 @@ def load_named_model(name: str, model_init_kwargs: dict[str, Any] | None, trust_
     ):
         raise ValueError(f"model_init_kwargs.dtype={dtype!r} must be 'auto' or name a torch.dtype, such as 'bfloat16'")
     shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
-    encoder_decoder = getattr(load_pretrained(AutoConfig, name, **shared), "is_encoder_decoder", False)
-    return load_pretrained(AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM, name, **options)
+    return load_pretrained(auto_class_of(load_pretrained(AutoConfig, name, **shared)), name, **options)
+
+
+def auto_class_of(config: PreTrainedConfig) -> Any:
+    """The Auto class of language models with such a configuration."""
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def prepare_policy(

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,30 +12,22 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
-    TrainerState,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
-from bco_lab import checkpoints
 from bco_lab.config import BCOConfig
 from bco_lab.data.collation import FeedbackCollator
 from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.distributed import (
     check_reference_under_zero3,
-    enable_fsdp,
     prepare_reference,
-    reshard,
-    saves_shards,
     shard_policy,
 )
 from bco_lab.logps import completion_logps, output_head
 from bco_lab.losses import bco_loss, implicit_reward, reduction_weights
 from bco_lab.metrics import ExampleRecorder, ExampleTable, describe_first, drop_repeats, summarize
-from bco_lab.model_card import CARD, CardFacts, describe_data, final_metrics, training_settings, write_model_card
 from bco_lab.models import check_adapter, frozen_copy
 from bco_lab.preparation import (
     check_arguments,
@@ -52,7 +43,8 @@ from bco_lab.preparation import (
     unpaired_rows,
 )
 from bco_lab.reference import REF_LOGPS, add_ref_logps, reference_mode, reference_table
-from bco_lab.reward_shift import RewardShift, RewardSums
+from bco_lab.resumable import ResumableTrainer
+from bco_lab.reward_shift import RewardSums
 from bco_lab.steps import OptimizerStep, plan_step, reward_totals, true_rows
 from bco_lab.udm import PromptMatching
 
@@ -62,7 +54,7 @@ MODEL_COLUMNS = ["input_ids", "prompt_length", "label", "example_id", REF_LOGPS,
 _FILLER = -2.0  # marks rows that only make processes' tables equally long
 
 
-class BCOTrainer(Trainer):
+class BCOTrainer(ResumableTrainer):
     """Align a language model with unpaired thumbs-up and thumbs-down (arXiv 2404.04656).
 
     The loss is `-w * log sigmoid(s * (r - delta))` with the implicit reward `r = beta * (log pi - log pi_ref)`; see
@@ -151,7 +143,7 @@ class BCOTrainer(Trainer):
         processing_class = processing_class or tokenizer_of(model, args)
         self._tokenizer = tokenizer_in(processing_class)
         self.args = args
-        self.reward_shift = self._fresh_reward_shift()
+        self.reward_shift = self.fresh_reward_shift()
         self.tokenization: dict[str, TokenizationReport | None] = {}
         self._step: OptimizerStep | None = None
         self._train_rows, self._eval_rows = ExampleRecorder(), ExampleRecorder()
@@ -185,6 +177,8 @@ class BCOTrainer(Trainer):
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.label_names = ["label"]
         self._aux_coef = float(getattr(policy.config, "router_aux_loss_coef", 0.0) or 0.0)
+        if getattr(policy.config, "output_router_logits", False) and not self._aux_coef:
+            logger.warning("output_router_logits is on but router_aux_loss_coef is 0: the auxiliary loss has no effect")
         self.ref_model = self._reference_model(load_if_named(ref_model, args))
         self.model_wrapped = self.model = shard_policy(self.accelerator, self.model)
         if args.precompute_ref_log_probs:
@@ -208,14 +202,6 @@ class BCOTrainer(Trainer):
             return FeedbackCollator(pad_token_id=self._tokenizer.pad_token_id)
         start = policy.config.decoder_start_token_id
         return FeedbackCollator(pad_token_id=self._tokenizer.pad_token_id, decoder_start_token_id=start)
-
-    def _fresh_reward_shift(self) -> RewardShift:
-        return RewardShift(kind=self.args.reward_shift, decay=self.args.reward_shift_decay)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator; a request for FSDP is granted on CPUs too."""
-        super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = enable_fsdp(self.accelerator, getattr(self.args, "fsdp_plugin_args", None))
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh policy from `model_init`, with dropout and adapter as asked for."""
@@ -277,17 +263,8 @@ class BCOTrainer(Trainer):
         if processes == 1 or loader is None or isinstance(self.train_dataset, IterableDataset):
             return torch.ones(batch_size, dtype=torch.bool)
         accumulation = self.args.gradient_accumulation_steps
-        batch_in_epoch = (self.state.global_step % self._steps_per_epoch(loader)) * accumulation + micro_batch
+        batch_in_epoch = (self.state.global_step % self.steps_per_epoch(loader)) * accumulation + micro_batch
         return true_rows(batch_size, batch_in_epoch, self.accelerator.process_index, processes, len(self.train_dataset))
-
-    def _steps_per_epoch(self, loader: Any) -> int:
-        return max(1, math.ceil(len(loader) / self.args.gradient_accumulation_steps))
-
-    def _planned_steps(self) -> int:
-        """Optimizer steps that `args` ask for in all."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch(self.get_train_dataloader()))
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(values, reduction="sum")
@@ -471,136 +448,6 @@ class BCOTrainer(Trainer):
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Implicit rewards (`predictions`), labels and metrics of raw or prepared rows."""
         return super().predict(self._prepared(test_dataset, "test"), ignore_keys, metric_key_prefix)
-
-    # ---- checkpoints ----
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train; `resume_from_checkpoint=True` continues from the newest whole checkpoint in `args.output_dir`."""
-        if resume_from_checkpoint is True:
-            found = checkpoints.last_whole_checkpoint(Path(self.args.output_dir))
-            if found is None:
-                raise FileNotFoundError(f"no whole checkpoint in {self.args.output_dir}")
-            resume_from_checkpoint = str(found)
-        reshard(self.model)
-        if self.model_init is not None:
-            self.reward_shift = self._fresh_reward_shift()
-        if resume_from_checkpoint:
-            if not any(Path(resume_from_checkpoint).glob("*optim*")) and not self.is_deepspeed_enabled:
-                logger.warning("%s has no optimizer state (save_only_model): it starts afresh", resume_from_checkpoint)
-            self.reward_shift = RewardShift(**checkpoints.load_reward_shift(Path(resume_from_checkpoint)))
-            saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if saved.global_step >= self._planned_steps():
-                return self._restore_finished(str(resume_from_checkpoint), saved)
-        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
-
-    def _restore_finished(self, checkpoint: str, saved: TrainerState) -> TrainOutput:
-        """Take over a checkpoint of the last step; the Trainer's own loop would take one step too many from there."""
-        self._load_from_checkpoint(checkpoint)
-        self.state = saved
-        return TrainOutput(saved.global_step, 0.0, {})
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save whole weights (or the adapter) that load on one process, also where checkpoints are sharded."""
-        if not _internal_call and saves_shards(self.accelerator):
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.is_world_process_zero():
-            self._write_card(Path(output_dir or self.args.output_dir))
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-        *,
-        language: str | None = None,
-        license: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write README.md to `args.output_dir`: method, paper, data, hyperparameters, final metrics, versions.
-
-        Args:
-            model_name: Title of the card; None: the hub id or the folder's name.
-            dataset_name: Hub id of the data.
-            tags: Added to those of the method.
-            language: Metadata of the hub.
-            license: Metadata of the hub.
-            finetuned_from: The model that was aligned; None: what the model says of itself.
-            tasks: Metadata of the hub.
-            dataset_tags: The Trainer's name for `dataset_name`.
-            dataset: Another of its names.
-            dataset_args: Further words about the data.
-        """
-        if not self.is_world_process_zero():
-            return
-        header = {"language": language, "license": license, "tags": tags}
-        header["pipeline_tag"] = tasks if isinstance(tasks, str) else next(iter(tasks or ()), None)
-        self._write_card(
-            Path(self.args.output_dir),
-            name=model_name,
-            base_model=finetuned_from,
-            data=describe_data(self.train_dataset, dataset_name or dataset_tags or dataset, dataset_args),
-            header=header,
-        )
-
-    def _write_card(self, folder: Path, **facts: Any) -> None:
-        policy = self.accelerator.unwrap_model(self.model)
-        adapter = (self.model_adapter_name or "default") if hasattr(policy, "peft_config") else None
-        known = {
-            "name": self.hub_model_id or folder.resolve().name,
-            "base_model": getattr(policy.config, "_name_or_path", None),
-            "repository": self.hub_model_id,
-            "adapter": adapter,
-            "encoder_decoder": self.is_encoder_decoder,
-            "data": describe_data(self.train_dataset),
-            "settings": training_settings(
-                self.args,
-                self.state,
-                processes=self.accelerator.num_processes,
-                optimizer=self.optimizer,
-                peft_config=policy.peft_config[adapter] if adapter else None,
-            ),
-            "metrics": final_metrics(self.state.log_history),
-        }
-        write_model_card(folder, CardFacts(**(known | {key: value for key, value in facts.items() if value})))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        had_card = (folder / CARD).exists()
-        super()._save(output_dir, state_dict)
-        # A pickle that nothing reads: the settings are in trainer_state.json and, from the command line, config.yaml.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        if not had_card:
-            (folder / CARD).unlink(missing_ok=True)  # the empty form that PEFT leaves with every adapter
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.unmark(folder)
-        # Older checkpoints go only after the new one is whole: a kill in between must leave one to resume from.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.save_reward_shift(folder, self.reward_shift.state_dict())
-            checkpoints.mark_whole(folder)
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
 
 
 def _ref_logps_known(train: Any, evaluation: Any) -> bool:

@@ -312,3 +312,63 @@ def test_an_adapter_config_must_be_one_and_must_be_the_only_one(tmp_path: Path) 
 def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path: Path, saved_model: str) -> None:
     with pytest.raises(ValueError, match=r"model_init_kwargs\.dtype='float31' must be 'auto' or name a torch.dtype"):
         made(tmp_path, model=saved_model, settings={"model_init_kwargs": {"dtype": "float31"}})
+
+
+# ---- underlying distribution matching ----
+
+
+def two_prompt_families(count: int) -> Dataset:
+    """Prompts of two kinds; thumbs-up come mostly from one, thumbs-down mostly from the other."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        up = bool(draw.random() < 0.5)
+        first_kind = bool(draw.random() < (0.8 if up else 0.2))
+        words = draw.integers(2, 20, 3) if first_kind else draw.integers(30, 48, 3)
+        prompt = " ".join(f"w{word}" for word in words)
+        rows.append({"prompt": prompt + " ", "completion": f"w{draw.integers(50, 60)}", "label": up})
+    return Dataset.from_list(rows)
+
+
+def word_kinds(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`[batch, 2]`: share of small and of large words in a prompt, padding left out."""
+    small = ((input_ids < 20) & (attention_mask == 1)).float().sum(dim=1)
+    large = ((input_ids >= 30) & (attention_mask == 1)).float().sum(dim=1)
+    return torch.stack([small, large], dim=1) / attention_mask.sum(dim=1, keepdim=True)
+
+
+def test_an_embedding_function_weights_undesirable_rows_by_their_prompts(tmp_path: Path) -> None:
+    data = two_prompt_families(400)
+    trainer = made(
+        tmp_path,
+        train_dataset=data,
+        eval_dataset={"same": data.select(range(40)), "other": two_prompt_families(10)},
+        embedding_func=word_kinds,
+        embedding_tokenizer=tiny.tokenizer(),
+        settings={"max_density_ratio": 8.0, "min_density_ratio": 0.1, "precompute_ref_log_probs": False},
+    )
+    weights = np.array(trainer.train_dataset["example_weight"])
+    up = np.array(data["label"])
+    first_kind = np.array([prompt.startswith(tuple(f"w{i} " for i in range(2, 20))) for prompt in data["prompt"]])
+    assert set(weights[up]) == {1.0}
+    for kind in (first_kind, ~first_kind):  # the ratio of the densities: about 0.8 / 0.2 and 0.2 / 0.8
+        assert weights[~up & kind].mean() == pytest.approx(kind[up].mean() / kind[~up].mean(), rel=0.15)
+    assert weights[~up].mean() == pytest.approx(1, abs=0.15)
+    # a prompt that was trained on keeps its weight in every other set
+    assert trainer.eval_dataset["same"]["example_weight"] == pytest.approx(weights[:40].tolist())
+    trainer.train()
+    log = next(row for row in trainer.state.log_history if "udm/weight_mean" in row)
+    assert 0.1 < log["udm/weight_mean"] < 8
+    raw = trainer.predict(data.select(range(40)))
+    assert raw.metrics["test_udm/weight_mean"] == pytest.approx(weights[:40][~up[:40]].mean())
+    assert trainer.matching.fit.diagnostics.auc > 0.7
+
+
+def test_a_stream_cannot_be_matched(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train: a stream cannot be matched, because all prompts must be seen before"):
+        made(
+            tmp_path,
+            train_dataset=two_prompt_families(10).to_iterable_dataset(),
+            embedding_func=word_kinds,
+            embedding_tokenizer=tiny.tokenizer(),
+        )

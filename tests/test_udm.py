@@ -64,11 +64,10 @@ def test_the_column_tells_the_classes_apart_and_weighs_undesirable_rows() -> Non
 
 
 def test_rows_in_another_order_and_another_process_get_the_same_probabilities() -> None:
-    dataset = feedback()
+    dataset = feedback(60)
     found = dict(zip(dataset["prompt"], match(dataset).p_desirable, strict=True))
     shuffled = dataset.shuffle(seed=1)
     assert match(shuffled).p_desirable == [found[prompt] for prompt in shuffled["prompt"]]
-    assert match(dataset, seed=1).p_desirable != match(dataset).p_desirable
 
 
 def test_messages_are_matched_by_what_the_user_wrote() -> None:
@@ -107,7 +106,9 @@ def test_other_bounds_neither_embed_nor_fit_again() -> None:
 
 
 def test_evaluation_rows_are_judged_by_training_rows_alone() -> None:
-    train, other = feedback(), feedback(30, seed=1)
+    train = feedback()
+    seen = set(train["prompt"])
+    other = Dataset.from_list([row for row in feedback(seed=1).to_list() if row["prompt"] not in seen])
     encoder = Encoder()
     matching = match(train, encoder)
     mixed = Dataset.from_list([*train.select(range(5)).to_list(), *other.to_list()])

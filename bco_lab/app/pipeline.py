@@ -63,7 +63,8 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
     note_data(run_dir, data)
     with PartialState().local_main_process_first():  # one process converts a model, the others read it
         tokenizer = source.load_tokenizer()
-    rows = tokenized(data, tokenizer, arguments)
+        encoder_decoder = bool(getattr(source.load_config(), "is_encoder_decoder", False))
+    rows = tokenized(data, tokenizer, arguments, encoder_decoder)
     logger.info("Loading the model")
     policy = source.load()
     if source.name_or_path is None:
@@ -155,13 +156,13 @@ def note_data(run_dir: Path, data: FeedbackData) -> None:
         write_json(run_dir / run_directory.ENVIRONMENT, environment)
 
 
-def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig) -> Rows:
+def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig, encoder_decoder: bool) -> Rows:
     """Tokenise both splits, so that a row that does not fit is found before a model is loaded."""
     rows: dict[str, Any] = {"train": None, "eval": None}
     reports: dict[str, TokenizationReport] = {}
     for name, split in (("train", data.train), ("eval", data.eval)):
         if split is not None and len(split):
-            rows[name], report = prepare_rows(split, tokenizer, arguments, name)
+            rows[name], report = prepare_rows(split, tokenizer, arguments, name, encoder_decoder=encoder_decoder)
             assert report is not None
             reports[name] = report
             if report.truncated or report.dropped:
