@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from bco_lab.data.collation import FeedbackCollator
 from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.distributed import (
     check_reference_under_zero3,
+    every_process_computes,
     prepare_reference,
     shard_policy,
 )
+from bco_lab.eval_samples import choose_rows, complete_rows, prompt_ids, side_by_side, track_samples, write_samples
 from bco_lab.logps import completion_logps, output_head
 from bco_lab.losses import bco_loss, implicit_reward, reduction_weights
 from bco_lab.metrics import ExampleRecorder, ExampleTable, describe_first, drop_repeats, summarize
@@ -147,6 +150,7 @@ class BCOTrainer(ResumableTrainer):
         self.tokenization: dict[str, TokenizationReport | None] = {}
         self._step: OptimizerStep | None = None
         self._train_rows, self._eval_rows = ExampleRecorder(), ExampleRecorder()
+        self._known_texts: dict[tuple[tuple[int, ...], ...], list[str]] = {}
         self._embed = prompt_embedder(embedding_func, embedding_tokenizer, args)
         self.matching: PromptMatching | None = None
         train_rows = self._prepared(train_dataset, "train")
@@ -184,6 +188,8 @@ class BCOTrainer(ResumableTrainer):
         if args.precompute_ref_log_probs:
             self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
             self.eval_dataset = each_set(self.eval_dataset, "eval", self._with_ref_logps)
+            if args.generate_during_eval:  # while there is somebody to ask
+                each_set(self.eval_dataset, "eval", self._keep_reference_texts)
             self.ref_model = None
 
     # ---- set-up ----
@@ -381,12 +387,61 @@ class BCOTrainer(ResumableTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, then replace the mean of batch losses by metrics over every row once."""
         prefix = kwargs.get("metric_key_prefix", "eval")
+        if self.args.generate_during_eval and prefix.startswith("eval"):
+            self._sample_both((args[0] if args else kwargs["dataloader"]).dataset, prefix)
         output = super().evaluation_loop(*args, **kwargs)
         table, aux_loss = self._eval_rows.drain(self.args.device, self._gather_rows)
         metrics = self._metrics(drop_repeats(table), aux_loss)
         metrics["loss"] = metrics.pop("bco_loss") + self._aux_coef * (aux_loss or 0.0)
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _sample_both(self, rows: Any, name: str) -> None:
+        """Completions of policy and reference to a fixed choice of prompts: into a file and to the trackers."""
+        if self._draws_samples:
+            chosen = choose_rows(rows, seed=self.args.seed)
+            texts = self._texts_of(self.model, chosen)
+            samples = side_by_side(chosen, self._tokenizer, texts, self._reference_texts(chosen))
+            if self.is_world_process_zero():
+                write_samples(samples, Path(self.args.output_dir), name, self.state.global_step)
+                track_samples(samples, self.args.report_to, name, self.state.global_step)
+                for callback in self.callback_handler.callbacks:
+                    if hasattr(callback, "on_eval_samples"):
+                        callback.on_eval_samples(samples, name, self.state)
+        self.accelerator.wait_for_everyone()
+
+    def _keep_reference_texts(self, rows: Any, _name: str) -> None:
+        if rows is not None and self._draws_samples:
+            self._reference_texts(choose_rows(rows, seed=self.args.seed))
+
+    @property
+    def _draws_samples(self) -> bool:
+        """Where weights are sharded all processes draw the same samples, else one does."""
+        return self.is_world_process_zero() or every_process_computes(self.accelerator)
+
+    def _reference_texts(self, chosen: list[dict[str, Any]]) -> list[str] | None:
+        """Neither the reference nor the choice changes during a run: sampled once."""
+        key = tuple(tuple(prompt_ids(row)) for row in chosen)
+        if key not in self._known_texts:
+            reference = self.ref_model if self.ref_model is not None else self.model
+            moved = self.state.global_step > 0 or self.is_in_train
+            if self.ref_model is None and not hasattr(self.model, "peft_config") and moved:
+                return None  # it is gone, and these rows come too late
+            with reference_mode(self.accelerator.unwrap_model(reference), self.ref_adapter_name):
+                self._known_texts[key] = self._texts_of(reference, chosen)
+        return self._known_texts[key]
+
+    def _texts_of(self, model: nn.Module, chosen: list[dict[str, Any]]) -> list[str]:
+        with self.accelerator.autocast():
+            return complete_rows(
+                self.accelerator.unwrap_model(model),
+                self._tokenizer,
+                chosen,
+                max_length=self.args.max_length,
+                max_completion_length=self.args.max_completion_length,
+                seed=self.args.seed,
+                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+            )
 
     def reference_metrics(self) -> dict[str, float]:
         """What `evaluate()` says of the reference itself, from the column `ref_logps`, without a forward pass.

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from bco_lab.app import run_directory
 from bco_lab.app.checks import build
 from bco_lab.app.judge import Judge, fit_judge
-from bco_lab.app.samples import GenerationSettings, SampleComparison, compare_samples, generate_completions
+from bco_lab.app.samples import GenerationSettings, SampleComparison, compare_samples
 from bco_lab.app.tracking import MetricsFile, RunProgress, WandbMetrics, WandbRun, drop_steps_after
 from bco_lab.checkpoints import last_whole_checkpoint, step_of
 from bco_lab.config import BCOConfig
@@ -25,6 +25,7 @@ from bco_lab.data.sources import FeedbackData
 from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.distributed import every_process_computes
 from bco_lab.files import read_json, write_json
+from bco_lab.generation import generate_completions
 from bco_lab.models import Policy, PolicySource
 from bco_lab.preparation import prepare_rows
 from bco_lab.reference import REF_LOGPS

@@ -2,14 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from bco_lab.eval_samples import EvalSample
 from bco_lab.files import json_ready, write_text
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,12 @@ class WandbMetrics(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             self.run.log(state.global_step, prefixed(logs))
+
+    def on_eval_samples(self, samples: Sequence[EvalSample], name: str, state: Any) -> None:
+        """Called by BCOTrainer where `generate_during_eval` is on."""
+        rows = [asdict(sample) | {"step": state.global_step} for sample in samples]
+        if rows:
+            self.run.log_table(f"{name}/samples", list(rows[0]), [list(row.values()) for row in rows])
 
 
 def prefixed(logs: dict[str, Any]) -> dict[str, Any]:
