@@ -139,7 +139,15 @@ class PolicySource:
         """Model, tokenizer and adapter configuration, ready for BCOTrainer."""
         tokenizer = self.load_tokenizer()
         model = self._random_model(tokenizer) if self.name_or_path is None else self._pretrained_model()
-        return Policy(model, tokenizer, self.peft)
+        return Policy(model, tokenizer, self._adapter_of(model))
+
+    def _adapter_of(self, model: PreTrainedModel) -> Any | None:
+        """The adapter's configuration; one written for decoders is told if it sits on an encoder-decoder."""
+        if self.peft is None or not model.config.is_encoder_decoder or self.peft.task_type != "CAUSAL_LM":
+            return self.peft
+        adapter = copy.copy(self.peft)
+        adapter.task_type = "SEQ_2_SEQ_LM"
+        return adapter
 
     def _pretrained_model(self) -> PreTrainedModel:
         assert self.name_or_path is not None

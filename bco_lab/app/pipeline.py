@@ -26,7 +26,7 @@ from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.distributed import every_process_computes
 from bco_lab.files import read_json, write_json
 from bco_lab.generation import generate_completions
-from bco_lab.models import Policy, PolicySource
+from bco_lab.models import Policy, PolicySource, auto_class_of
 from bco_lab.preparation import prepare_rows
 from bco_lab.reference import REF_LOGPS
 from bco_lab.report.plots import plot_rewards
@@ -325,6 +325,7 @@ def collect(
             "train": last[-1] if last else {},
         },
         "samples": samples.to_dict() if samples is not None else None,
+        "model_class": auto_class_of(trainer.model.config).__name__,
         "wandb_mode": cfg.wandb.mode,
         "paths": {
             "run_dir": str(run_dir),

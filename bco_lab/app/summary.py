@@ -148,7 +148,8 @@ def _place_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if mode != "online":
             rows.append(("upload it", f"{_wandb()} sync {shlex.quote(folder)}"))
     if "model" in paths:
-        rows.append(("use the model", f'AutoModelForCausalLM.from_pretrained("{_short_path(paths["model"])}")'))
+        loader = result.get("model_class") or "AutoModelForCausalLM"
+        rows.append(("use the model", f'{loader}.from_pretrained("{_short_path(paths["model"])}")'))
     return rows
 
 

@@ -12,6 +12,7 @@ import tiny
 import yaml
 from matplotlib.image import imread
 from runs import TINY, TINY_LOG, metrics_of, write_log
+from transformers import AutoModelForSeq2SeqLM
 
 PATH = "dataset.path={}"
 
@@ -293,3 +294,38 @@ def test_demo_on_a_handful_of_rows(bco_lab: Any, environment: Path) -> None:
     assert -400 < result["metrics"]["before"]["logps/chosen"] < -30
     assert "judged positive (n=3)" in ended.out
     assert os.fspath(environment) not in (environment / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_an_encoder_decoder_is_aligned_like_any_other_model(
+    bco_lab: Any, environment: Path, run_dir: Path, adapter: str
+) -> None:
+    tiny.t5().save_pretrained(environment / "t5")
+    tiny.t5_tokenizer().save_pretrained(environment / "t5")
+    log = write_log(
+        environment / "words.jsonl",
+        [{"prompt": f"w{2 + i}", "completion": f"w{20 + i % 5} w9", "label": i % 2 == 0} for i in range(30)],
+    )
+    ended = bco_lab(
+        *TINY_LOG,
+        PATH.format(log),
+        "model.name_or_path=t5",
+        f"model/adapter={adapter}",
+        "trainer.learning_rate=1e-2",
+        "trainer.eval_strategy=steps",
+        "trainer.eval_steps=2",
+        "trainer.generate_during_eval=true",
+        "hydra.run.dir=run",
+    )
+    assert ended.status == 0, ended.err
+    assert f'AutoModelForSeq2SeqLM.from_pretrained("{run_dir.name}/model")' in ended.out
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["metrics"]["after"]["kl"] != 0
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(run_dir / "model")
+    assert loaded.config.is_encoder_decoder
+    if adapter == "lora":
+        assert json.loads((run_dir / "model" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    samples = (run_dir / "checkpoints" / "eval_samples" / "eval-step-000002.jsonl").read_text().splitlines()
+    assert {"prompt", "policy", "reference"} < json.loads(samples[0]).keys()
+    assert list((run_dir / "wandb").rglob("media/table/eval/samples*.table.json"))
+    assert "thumbs" in (run_dir / "model" / "README.md").read_text()
