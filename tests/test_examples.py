@@ -183,3 +183,28 @@ def test_defaults_of_the_command_line_are_those_of_the_class(tmp_path: Path) -> 
 def test_an_option_out_of_range_names_field_and_rule() -> None:
     with pytest.raises(ValueError, match=r"reward_shift=mean must be one of ema, trl, zero"):
         HfArgumentParser(BCOConfig).parse_args_into_dataclasses(["--reward_shift", "mean"])
+
+
+def test_script_weights_rows_by_their_prompts(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"prompt": f"w{10 + i % 3 + (20 if i % 4 == 0 else 0)}", "completion": " w2", "label": i % 2} for i in range(48)
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run_script(
+        monkeypatch,
+        tmp_path,
+        model_name_or_path=model_folder,
+        dataset=path,
+        embedding_model=model_folder,
+        max_density_ratio=3.0,
+    )
+    assert ", weighted." in (out / "README.md").read_text()
+    logs = [row for row in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+    weights = [row["udm/weight_mean"] for row in logs]
+    # half of the undesirable rows have a prompt of which no desirable row has one: their weight is the lower bound
+    assert len(weights) == 3
+    assert all(0.5 < weight < 3.0 for weight in weights)
+    assert len(set(weights)) > 1
