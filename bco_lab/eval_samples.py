@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -78,18 +79,20 @@ def complete_rows(
         model: Policy or reference, not wrapped for data-parallel training.
         tokenizer: Its tokenizer.
         rows: Tokenised rows (`input_ids`, `prompt_length`).
-        max_length: Most tokens of prompt and completion together; one token is sampled in any case.
+        max_length: Most tokens of prompt and completion together; one token is sampled in any case. A model that knows
+            fewer positions sets the limit itself.
         max_completion_length: Most tokens of a completion; None: 128.
         seed: Of the sampling.
         progress: Whether to show a bar.
         description: Its title.
     """
-    limit = max_completion_length or NEW_TOKENS
     # Rows with equal room share a batch: one that is almost full must not cut the others short.
     of_room: defaultdict[int, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
-        room = limit if max_length is None else max_length - row["prompt_length"]
-        of_room[max(1, min(limit, room))].append(place)
+        rooms = [max_completion_length or NEW_TOKENS, _positions_left(model, row["prompt_length"])]
+        if max_length is not None:
+            rooms.append(max_length - row["prompt_length"])
+        of_room[max(1, int(min(rooms)))].append(place)
     completions = [""] * len(rows)
     for room, places in of_room.items():
         texts = complete_ids(
@@ -104,6 +107,15 @@ def complete_rows(
         for place, text in zip(places, texts, strict=True):
             completions[place] = text
     return completions
+
+
+def _positions_left(model: Any, prompt_length: int) -> float:
+    """Tokens that a model can write: rows that fit into a table of positions may still leave less than was asked."""
+    known = getattr(model.config, "max_position_embeddings", None)
+    if known is None:
+        return math.inf
+    # a decoder beside an encoder counts from its own first token
+    return int(known) - (1 if getattr(model.config, "is_encoder_decoder", False) else prompt_length)
 
 
 def side_by_side(

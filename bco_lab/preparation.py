@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from bco_lab.config import BCOConfig
 from bco_lab.data.pairs import unpair
-from bco_lab.data.tokenization import TokenizationReport, tokenize_dataset
+from bco_lab.data.tokenization import TokenizationReport, is_tokenised, tokenize_dataset
 from bco_lab.data.weights import PROBABILITY, with_density_ratio
 from bco_lab.embedding import Embedder, EmbeddingFunction, embed_prompts
 from bco_lab.models import check_location, load_named_model, load_pretrained, prepare_policy, with_pad_token
@@ -84,6 +84,8 @@ def match_rows(
     Raises:
         ValueError: A stream, or rows that break a rule; the message names data set, row and column.
     """
+    if matching is not None and is_tokenised(rows):
+        return rows, matching  # prepared before, or without prompts: either way nothing to add
     if matching is not None:
         return rows.add_column(PROBABILITY, matching.predict(rows, embed, name=name)), matching
     matching = match_prompts(rows, embed, prompt_sample_size=args.prompt_sample_size, seed=args.seed, name=name)

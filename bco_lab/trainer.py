@@ -132,11 +132,9 @@ class BCOTrainer(ResumableTrainer):
             embedding=(embedding_func, embedding_tokenizer),
             adapters=(model_adapter_name, ref_adapter_name),
         )
-        self._peft_config, self.model_adapter_name, self.ref_adapter_name = (
-            peft_config,
-            model_adapter_name,
-            ref_adapter_name,
-        )
+        self._peft_config = peft_config
+        self.model_adapter_name = model_adapter_name
+        self.ref_adapter_name = ref_adapter_name
         set_seed(args.seed)
         if model_init is not None:
             self.model_init = model_init

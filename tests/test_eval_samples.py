@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 import wandb
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bco_lab import BCOTrainer
-from bco_lab.eval_samples import choose_rows, complete_rows, prompt_ids, track_samples
+from bco_lab.eval_samples import EvalSample, choose_rows, complete_rows, prompt_ids, track_samples
 
 COLUMNS = ["example_id", "label", "prompt", "policy", "reference"]
 
@@ -75,6 +78,23 @@ def test_completions_keep_to_the_limits() -> None:
     assert max(len(text.split()) for text in texts) == 3
     short = complete_rows(model, tiny.tokenizer(), rows, **{**limits, "max_length": 2, "max_completion_length": 4})
     assert all(len(text.split()) <= 1 for text in short)
+
+
+def test_completions_end_where_the_model_knows_no_more_positions() -> None:
+    rows = list(tiny.rows(4))  # prompts of 2, 3, 4 and 2 tokens
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny.VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 12}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None, pad_token_id=0))
+    words = tiny.tokenizer()
+    words.eos_token = None  # nothing ends a completion early
+    unlimited = {"max_length": None, "max_completion_length": None, "seed": 0, "progress": False}
+    with torch.no_grad():
+        model.transformer.wte.weight[:2] = 0.0
+        model.transformer.ln_f.bias.copy_(20 * model.transformer.wte.weight[2])  # w2, not <pad>, which is not shown
+    texts = complete_rows(model, words, rows, **unlimited)
+    assert [len(text.split()) for text in texts] == [10, 9, 8, 10]
+    few = complete_rows(tiny.model(max_position_embeddings=4), words, rows[2:3], **unlimited)
+    assert len(few[0].split()) <= 1  # the prompt fills all four
 
 
 # ---- in the trainer ----
@@ -160,6 +180,23 @@ def test_weights_and_biases_receives_the_table(tmp_path: Path, monkeypatch: pyte
         run.finish()
     assert table["columns"] == COLUMNS
     assert table["data"] == [list(row.values()) for row in written(tmp_path, "eval-step-000000.jsonl")]
+
+
+def test_comet_receives_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[tuple[str, Any, Any]] = []
+
+    class Experiment:
+        """Takes tables as Comet's experiments do; Comet itself has no run without an account."""
+
+        def log_table(self, filename: str, tabular_data: Any = None, headers: Any = False) -> None:
+            received.append((filename, tabular_data, headers))
+
+    monkeypatch.setitem(sys.modules, "comet_ml", SimpleNamespace(get_running_experiment=Experiment))
+    samples = [EvalSample(3, True, "w2 w3", "w4", "w5"), EvalSample(4, False, "w6", "w7", None)]
+    track_samples(samples, ["comet_ml"], "eval_one", 20)
+    track_samples(samples, ["wandb"], "eval_one", 20)  # nobody has opened a run there
+    table = [[3, True, "w2 w3", "w4", "w5"], [4, False, "w6", "w7", None]]
+    assert received == [("eval_one-samples-step-000020.csv", table, COLUMNS)]
 
 
 def test_a_tracker_that_fails_is_reported_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bco_lab.generation import complete_ids, generate_completions, readable_prompt
+from bco_lab.reference import reference_mode
 
 WORDS = ["<unk>", "<s>", "</s>", "user", "assistant", ":", *(f"w{number}" for number in range(58))]
 TEMPLATE = (
@@ -163,6 +164,47 @@ def test_an_adapter_takes_part(model: LlamaForCausalLM, tokenizer: PreTrainedTok
         assert _generate(adapted, tokenizer, temperature=0.0) == plain
     merged = adapted.merge_and_unload()
     assert _generate(merged, tokenizer, temperature=0.0) == after
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_that_is_off_leaves_the_samples_of_the_bare_model() -> None:
+    ids = [[2, 3, 4], [5, 6], [7]]
+
+    def samples(written_by: Any) -> list[str]:
+        return complete_ids(written_by, tiny.tokenizer(), ids, max_new_tokens=8, seed=5, progress=False)
+
+    bare = samples(tiny.model(initializer_range=0.5))
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(1)
+    adapted = get_peft_model(tiny.model(initializer_range=0.5), lora)
+    with reference_mode(adapted):
+        assert samples(adapted) == bare
+    assert samples(adapted) != bare
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["decoder", "encoder-decoder"])
+def test_activation_checkpointing_keeps_the_cache(pair: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny.t5(initializer_factor=20.0) if pair else tiny.model(initializer_range=0.5)
+    read: list[int] = []
+
+    def note(_module: Any, _arguments: Any, given: dict[str, Any]) -> None:
+        read.append(given["decoder_input_ids" if pair else "input_ids"].shape[1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+
+    def samples() -> list[str]:
+        return complete_ids(model, tiny.tokenizer(), [[2, 3, 4], [5, 6]], max_new_tokens=5, progress=False)
+
+    plain = samples()
+    without = list(read)
+    read.clear()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    model.train()
+    assert samples() == plain
+    assert read == without == [1 if pair else 3, 1, 1, 1, 1]  # one token at a time after the prompt
+    assert model.is_activation_checkpointing
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_warning_is_logged(

@@ -362,6 +362,9 @@ def test_an_embedding_function_weights_undesirable_rows_by_their_prompts(tmp_pat
     raw = trainer.predict(data.select(range(40)))
     assert raw.metrics["test_udm/weight_mean"] == pytest.approx(weights[:40][~up[:40]].mean())
     assert trainer.matching.fit.diagnostics.auc > 0.7
+    late = trainer.evaluate({"late": data.select(range(40)), "prepared": tiny.rows(4)})
+    assert late["eval_late_udm/weight_mean"] == raw.metrics["test_udm/weight_mean"]
+    assert late["eval_prepared_udm/weight_mean"] == 1.0
 
 
 def test_a_stream_cannot_be_matched(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ def tokenize_dataset(
     return _finish(mapped, name, max_length)
 
 
+def is_tokenised(dataset: Dataset | IterableDataset) -> bool:
+    """Whether `tokenize_dataset` would take the rows over as they are."""
+    return {"input_ids", "prompt_length"} <= set(dataset.column_names or [])
+
+
 def _columns(dataset: Any, name: str) -> list[str]:
     """The column names, refusing a data set without rows or without the columns that are needed."""
     columns = dataset.column_names
