@@ -95,6 +95,18 @@ def shard_policy(accelerator: Accelerator, policy: nn.Module) -> nn.Module:
     return sharded
 
 
+def forget_evaluation(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let `train()` prepare a model that an evaluation has prepared before.
+
+    The Trainer prepares the policy for `evaluate()` without the wrapper that averages gradients over processes, and
+    accelerate then takes it for prepared: without this, every process would train a model of its own, in silence.
+    """
+    whole = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.num_processes > 1 and whole and vars(model).pop("_is_accelerate_prepared", False):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # mixed precision wraps forward; once is enough
+        accelerator._models[:] = [known for known in accelerator._models if known is not model]
+
+
 def reshard(model: nn.Module) -> None:
     """Give back what an FSDP2 model holds beyond its own shards; does nothing to any other model.
 

@@ -112,7 +112,7 @@ def complete_rows(
 def _positions_left(model: Any, prompt_length: int) -> float:
     """Tokens that a model can write: rows that fit into a table of positions may still leave less than was asked."""
     known = getattr(model.config, "max_position_embeddings", None)
-    if known is None:
+    if known is None or known < 1:  # some without a limit say -1
         return math.inf
     # a decoder beside an encoder counts from its own first token
     return int(known) - (1 if getattr(model.config, "is_encoder_decoder", False) else prompt_length)

@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from bco_lab import checkpoints
 from bco_lab.config import BCOConfig
-from bco_lab.distributed import enable_fsdp, reshard, saves_shards
+from bco_lab.distributed import enable_fsdp, forget_evaluation, reshard, saves_shards
 from bco_lab.model_card import CARD, CardFacts, describe_data, final_metrics, training_settings, write_model_card
 from bco_lab.reward_shift import RewardShift
 
@@ -69,6 +69,7 @@ class ResumableTrainer(Trainer):
                 raise FileNotFoundError(f"no whole checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found)
         reshard(self.model)
+        forget_evaluation(self.accelerator, self.model)
         if self.model_init is not None:
             self.reward_shift = self.fresh_reward_shift()
         if resume_from_checkpoint:

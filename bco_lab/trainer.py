@@ -148,6 +148,7 @@ class BCOTrainer(ResumableTrainer):
         self.tokenization: dict[str, TokenizationReport | None] = {}
         self._step: OptimizerStep | None = None
         self._train_rows, self._eval_rows = ExampleRecorder(), ExampleRecorder()
+        self._given_reference_gone = False
         self._known_texts: dict[tuple[tuple[int, ...], ...], list[str]] = {}
         self._embed = prompt_embedder(embedding_func, embedding_tokenizer, args)
         self.matching: PromptMatching | None = None
@@ -186,8 +187,11 @@ class BCOTrainer(ResumableTrainer):
         if args.precompute_ref_log_probs:
             self.train_dataset = self._with_ref_logps(self.train_dataset, "train")
             self.eval_dataset = each_set(self.eval_dataset, "eval", self._with_ref_logps)
-            if args.generate_during_eval:  # while there is somebody to ask
-                each_set(self.eval_dataset, "eval", self._keep_reference_texts)
+        own = self.ref_model is None and not hasattr(self.model, "peft_config")
+        if args.generate_during_eval and (own or args.precompute_ref_log_probs):  # while there is somebody to ask
+            each_set(self.eval_dataset, "eval", self._keep_reference_texts)
+        if args.precompute_ref_log_probs:
+            self._given_reference_gone = ref_model is not None  # the caller's, not a copy of the policy
             self.ref_model = None
 
     # ---- set-up ----
@@ -332,7 +336,7 @@ class BCOTrainer(ResumableTrainer):
         if self.ref_model is not None:
             with torch.no_grad():
                 return completion_logps(self.ref_model, inputs, self._head(self.ref_model)).logps
-        if not hasattr(self.model, "peft_config"):
+        if self._given_reference_gone or not hasattr(self.model, "peft_config"):
             raise ValueError(
                 "these rows have no ref_logps and no reference model is left to compute them: "
                 "pass the data set as eval_dataset to the trainer, or set precompute_ref_log_probs=False"
@@ -423,7 +427,8 @@ class BCOTrainer(ResumableTrainer):
         if key not in self._known_texts:
             reference = self.ref_model if self.ref_model is not None else self.model
             moved = self.state.global_step > 0 or self.is_in_train
-            if self.ref_model is None and not hasattr(self.model, "peft_config") and moved:
+            moved_on = not hasattr(self.model, "peft_config") and moved
+            if self.ref_model is None and (self._given_reference_gone or moved_on):
                 return None  # it is gone, and these rows come too late
             with reference_mode(self.accelerator.unwrap_model(reference), self.ref_adapter_name):
                 self._known_texts[key] = self._texts_of(reference, chosen)

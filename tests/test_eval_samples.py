@@ -164,6 +164,29 @@ def test_each_set_has_a_file_and_rows_that_come_too_late_have_no_reference(tmp_p
     assert all(row["policy"] for row in rows)
 
 
+def test_rows_that_bring_their_reference_log_probs_are_sampled_by_the_untrained_policy(tmp_path: Path) -> None:
+    ahead = {"ref_logps": [-20.0] * 16}
+    trained = BCOTrainer(
+        model=tiny.model(initializer_range=0.5),
+        args=tiny.config(
+            tmp_path,
+            generate_during_eval=True,
+            max_completion_length=6,
+            precompute_ref_log_probs=False,
+            eval_strategy="steps",
+            eval_steps=3,
+            learning_rate=0.3,
+        ),
+        train_dataset=tiny.rows(16, **ahead),
+        eval_dataset=tiny.rows(16, seed=1, **ahead),
+        processing_class=tiny.tokenizer(),
+    )
+    trained.train()
+    rows = written(tmp_path, "eval-step-000003.jsonl")
+    assert all(row["reference"] for row in rows)
+    assert [row["reference"] for row in rows] != [row["policy"] for row in rows]
+
+
 # ---- trackers ----
 
 

@@ -91,6 +91,13 @@ def test_gradient_does_not_depend_on_processes(
     assert_same_steps((gradients[name], results[name]), alone[reduction])
 
 
+def test_processes_still_agree_if_an_evaluation_came_first(
+    alone: dict[str, Step], two_processes: tuple[dict[str, Tensor], dict[str, Any]]
+) -> None:
+    gradients, results = two_processes
+    assert_same_steps((gradients[cuts.AFTER_EVALUATION], results[cuts.AFTER_EVALUATION]), alone[LOSS_REDUCTIONS[0]])
+
+
 @pytest.mark.parametrize("batch_size", cuts.EVALUATION_BATCHES)
 def test_evaluation_counts_each_row_once_on_two_processes(
     batch_size: int, two_processes: tuple[dict[str, Tensor], dict[str, Any]], tmp_path: Path

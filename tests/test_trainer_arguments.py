@@ -100,6 +100,14 @@ def test_an_explicit_reference_is_freed_once_its_log_probs_are_a_column(tmp_path
     assert "ref_logps" in trainer.eval_dataset.column_names
 
 
+def test_rows_that_come_after_an_explicit_reference_is_gone_are_refused(tmp_path: Path) -> None:
+    """The bare base model is there, but it is another reference than the one that was passed."""
+    trainer = made(tmp_path, ref_model=tiny.model(seed=7), peft_config=lora(), eval_dataset=tiny.rows(4, seed=1))
+    assert trainer.evaluate()["eval_kl"] != 0
+    with pytest.raises(ValueError, match="no ref_logps and no reference model is left"):
+        trainer.evaluate(tiny.rows(4, seed=3))
+
+
 def two_adapters() -> Any:
     """A policy adapter `policy` and a reference adapter `reference`, both away from zero and different."""
     model = get_peft_model(tiny.model(), lora(), adapter_name="policy")

@@ -22,6 +22,7 @@ STEPS, ROWS_PER_STEP = 2, 16
 # in quarters of a step 3, 1, 0, 1 and 2, 4, 1, 2 desirable rows; in halves 4, 1 and 6, 3
 THUMBS = "+++- +--- ---- -+-- ++-- ++++ +--- -+-+".replace(" ", "")
 CUTS_OF_TWO_PROCESSES = ((8, 1), (2, 4))
+AFTER_EVALUATION = "after an evaluation"
 CLOCKS = ("_runtime", "_per_second", "_time")
 EVALUATION_ROWS, EVALUATION_BATCHES = 13, (1, 4, 5, 13)
 
@@ -49,7 +50,9 @@ def training_rows() -> Dataset:
     return rows.remove_columns("label").add_column("label", [thumb == "+" for thumb in THUMBS])
 
 
-def training_steps(folder: Path, per_device: int, accumulation: int, reduction: str) -> tuple[Tensor, dict[str, Any]]:
+def training_steps(
+    folder: Path, per_device: int, accumulation: int, reduction: str, *, evaluate_first: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
     """Gradients `[steps, parameters]` and what the steps logged; the first step has delta 0, the second has not."""
     trainer = tiny.trainer(
         folder,
@@ -63,6 +66,8 @@ def training_steps(folder: Path, per_device: int, accumulation: int, reduction: 
     )
     gradients = Gradients()
     trainer.add_callback(gradients)
+    if evaluate_first:
+        trainer.evaluate(training_rows())
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     return torch.stack(gradients.steps), {"logs": logs, "delta": trainer.reward_shift.delta}
@@ -87,6 +92,9 @@ def main(folder: Path) -> None:
         for per_device, accumulation in CUTS_OF_TWO_PROCESSES:
             name = f"{reduction} {per_device}x{accumulation}"
             gradients[name], results[name] = training_steps(folder / "run", per_device, accumulation, reduction)
+    gradients[AFTER_EVALUATION], results[AFTER_EVALUATION] = training_steps(
+        folder / "run", 8, 1, LOSS_REDUCTIONS[0], evaluate_first=True
+    )
     for size in EVALUATION_BATCHES:
         results[f"evaluation {size}"] = evaluation(folder / "run", size)
     results["processes"] = torch.distributed.get_world_size()
