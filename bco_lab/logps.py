@@ -18,7 +18,8 @@ class CompletionLogps(NamedTuple):
     Attributes:
         logps: Summed completion log-probs, `[batch]`, float32, nats.
         token_counts: Completion tokens per row, `[batch]`, int64.
-        aux_loss: Load-balancing loss of a mixture-of-experts model, a scalar, or None.
+        aux_loss: Load-balancing loss of a mixture-of-experts model, a scalar, or None. That of an encoder-decoder is
+            the sum of both sides.
     """
 
     logps: Tensor
@@ -46,6 +47,7 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor], head: nn.Module
     if "decoder_input_ids" in batch:
         # No decoder mask: padding stands on the right, where no completion token of a causal decoder looks.
         inputs["decoder_input_ids"] = batch["decoder_input_ids"]
+        inputs |= _router_logits(model)
         predicting = targets_here = batch["completion_mask"]
         targets = batch["target_ids"][targets_here]
     else:
@@ -62,7 +64,19 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor], head: nn.Module
     # Scattered back to [batch, tokens] and summed along rows: the same order of additions on every run and device.
     values = token_logps(logits, targets)
     logps = torch.zeros(targets_here.shape, device=values.device).masked_scatter(targets_here, values).sum(dim=1)
-    return CompletionLogps(logps, targets_here.sum(dim=1), getattr(outputs, "aux_loss", None))
+    return CompletionLogps(logps, targets_here.sum(dim=1), _aux_loss(outputs))
+
+
+def _router_logits(model: nn.Module) -> dict[str, bool]:
+    """The argument with which an encoder-decoder of experts, unlike others, has to be asked for its auxiliary loss."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    return {"output_router_logits": True} if getattr(config, "output_router_logits", False) else {}
+
+
+def _aux_loss(outputs: Any) -> Tensor | None:
+    parts = [getattr(outputs, name, None) for name in ("aux_loss", "encoder_aux_loss", "decoder_aux_loss")]
+    losses = [part for part in parts if isinstance(part, Tensor)]  # a side without experts says 0
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:

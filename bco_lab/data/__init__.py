@@ -1,7 +1,8 @@
-"""From feedback logs to batches: sources, labels, splits, tokenization, collation."""
+"""From feedback logs to batches: sources, pairs, labels, splits, tokenization, collation."""
 
 from bco_lab.data.collation import FeedbackCollator
 from bco_lab.data.labels import check_both_classes, parse_label
+from bco_lab.data.pairs import unpair
 from bco_lab.data.sources import FeedbackData, load_jsonl, load_movie_reviews
 from bco_lab.data.tokenization import TokenizationReport, tokenize_dataset
 
@@ -14,4 +15,5 @@ __all__ = [
     "load_movie_reviews",
     "parse_label",
     "tokenize_dataset",
+    "unpair",
 ]

@@ -73,8 +73,8 @@ def tokenize_dataset(
     and EOS included, is treated by `truncation`:
 
     - `keep_start` cuts the end of the completion;
-    - `keep_end` cuts the start of the prompt, but not its BOS, or without one not its last token, then the end of the
-      completion;
+    - `keep_end` cuts the start of the prompt, but not its BOS, or without one (and for an encoder-decoder always) not
+      its last token, then the end of the completion;
     - `drop` leaves the row out.
 
     For an **encoder-decoder** prompt and completion are tokenised apart, each with the tokenizer's own special tokens;
@@ -258,10 +258,13 @@ class _RowTokenizer:
 
     def _keep_end(self, prompt: list[int], completion: list[int], max_length: int) -> tuple[list[int], int]:
         """Cut the prompt's start, then the completion's end; something of the prompt stays, to predict from."""
-        completion = completion[: max_length - min(1, len(prompt))]
-        bos = prompt[:1] if prompt[:1] == [self.tokenizer.bos_token_id] else []
-        room = max_length - len(completion) - len(bos)
-        prompt = bos + prompt[len(prompt) - room :]
+        starts_with_bos = prompt[:1] == [self.tokenizer.bos_token_id]
+        # An encoder has learnt to read texts that its tokenizer marks at both ends.
+        both_ends = self.encoder_decoder and starts_with_bos
+        completion = completion[: max_length - min(len(prompt), max_length - 1, 2 if both_ends else 1)]
+        room = max_length - len(completion)
+        bos = prompt[:1] if starts_with_bos and not (both_ends and room == 1) else []
+        prompt = bos + prompt[len(prompt) - (room - len(bos)) :]
         return prompt + completion, len(prompt)
 
 
@@ -293,17 +296,17 @@ def encode(texts: Sequence[PairedText], tokenizer: "PreTrainedTokenizerBase") ->
 
 def encode_apart(texts: Sequence[PairedText], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], int]]:
     """Token ids and prompt length where prompt and completion are two texts, for encoder and decoder."""
-    eos = tokenizer.eos_token_id
-    encoded = []
-    for pair in texts:
-        if tokenizer.eos_token is not None:
-            pair = _without_eos(pair, tokenizer.eos_token)
-        prompt: list[int] = tokenizer(pair.text[: pair.boundary], verbose=False)["input_ids"]
-        completion: list[int] = tokenizer(text_target=pair.text[pair.boundary :], verbose=False)["input_ids"]
-        if eos is not None and completion[-1:] != [eos]:
-            completion = [*completion, eos]
-        encoded.append((prompt + completion, len(prompt)))
-    return encoded
+    if not texts:
+        return []
+    if tokenizer.eos_token is not None:
+        texts = [_without_eos(pair, tokenizer.eos_token) for pair in texts]
+    prompts = tokenizer([pair.text[: pair.boundary] for pair in texts], verbose=False)["input_ids"]
+    completions = tokenizer(text_target=[pair.text[pair.boundary :] for pair in texts], verbose=False)["input_ids"]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        (prompt + completion + (eos if completion[-1:] != eos else []), len(prompt))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def _without_eos(pair: PairedText, eos: str) -> PairedText:

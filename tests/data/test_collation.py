@@ -57,3 +57,22 @@ def test_an_encoder_decoder_gets_prompts_and_shifted_completions() -> None:
     assert uneven["target_ids"].tolist() == [[7, 99], [4, 2]]
     assert uneven["decoder_input_ids"].tolist() == [[0, 7], [0, 4]]
     assert uneven["completion_mask"].tolist() == [[True, False], [True, True]]
+
+
+def test_an_encoder_decoder_keeps_pad_tokens_of_the_texts_and_the_other_columns() -> None:
+    rows = [row | {"ref_logps": -1.5, "example_weight": 2} for row in ROWS]
+    batch = FeedbackCollator(pad_token_id=7, pad_to_multiple_of=4, decoder_start_token_id=0)(rows)
+    assert batch["input_ids"].tolist() == [[5, 7, 7, 7], [8, 9, 3, 7]]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [1, 3]
+    assert batch["target_ids"].tolist() == [[6, 7, 7, 7], [4, 2, 7, 7]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 6, 7, 7], [0, 4, 2, 7]]
+    assert batch["completion_mask"].sum(dim=1).tolist() == [2, 2]  # the second token of the first row is a 7 of its own
+    assert {key: batch[key].tolist() for key in ("label", "example_id", "ref_logps", "example_weight")} == {
+        "label": [True, False],
+        "example_id": [10, 3],
+        "ref_logps": [-1.5, -1.5],
+        "example_weight": [2.0, 2.0],
+    }
+    integers = {"input_ids", "attention_mask", "decoder_input_ids", "target_ids", "example_id"}
+    assert {key for key, value in batch.items() if value.dtype == torch.int64} == integers
+    assert batch["completion_mask"].dtype == torch.bool

@@ -340,3 +340,72 @@ def test_messages_for_an_encoder_decoder_go_through_the_template() -> None:
 def test_an_encoder_with_nothing_to_read_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train, row 0: the prompt has no tokens, so the encoder"):
         one(tiny.tokenizer(), "", "w4", encoder_decoder=True)
+
+
+def bart_style() -> PreTrainedTokenizerFast:
+    """One token per word, `<s>` 0 and `</s>` 1 around every text."""
+    words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 10)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("max_length", "prompt", "completion"),
+    [
+        (9, [0, 2, 3, 4, 1], [0, 5, 6, 1]),
+        (7, [0, 4, 1], [0, 5, 6, 1]),
+        (6, [0, 1], [0, 5, 6, 1]),
+        (4, [0, 1], [0, 5]),
+        (3, [0, 1], [0]),
+        (2, [1], [0]),
+    ],
+)
+def test_keep_end_keeps_both_marks_of_a_text_for_the_encoder(max_length, prompt, completion) -> None:
+    options = {"max_length": max_length, "truncation": "keep_end", "encoder_decoder": True}
+    assert one(bart_style(), "w2 w3 w4", "w5 w6", **options) == (prompt, completion)
+
+
+def test_keep_end_leaves_the_encoder_the_end_of_its_text() -> None:
+    for max_length, completion in ((4, [5, 6, 1]), (3, [5, 6]), (2, [5])):
+        assert apart("w2 w3", "w5 w6", max_length=max_length, truncation="keep_end") == ([1], completion)
+
+
+def test_limits_of_an_encoder_decoder_drop_or_refuse() -> None:
+    with pytest.raises(ValueError, match=r"^train, row 0: the prompt has 3 tokens, which leaves no room"):
+        apart("w2 w3", "w4", max_length=3)
+    with pytest.raises(ValueError, match=r"^train: all 1 rows are longer than max_length=4 and truncation=drop"):
+        apart("w2 w3", "w4", max_length=4, truncation="drop")
+
+
+def test_prepared_rows_of_an_encoder_decoder_pass_through() -> None:
+    dataset = rows(("w2 w3", "w4"), ("", "w5 w6"))
+    found, report = tokenize_dataset(dataset, tiny.t5_tokenizer(), max_length=9, encoder_decoder=True)
+    assert [(row["input_ids"], row["prompt_length"]) for row in found] == [([2, 3, 1, 4, 1], 3), ([1, 5, 6, 1], 1)]
+    again, same_report = tokenize_dataset(found, tiny.t5_tokenizer(), max_length=9, encoder_decoder=True)
+    assert again.to_list() == found.to_list()
+    assert same_report == report
+    unread = Dataset.from_dict({"input_ids": [[4, 1]], "prompt_length": [0], "label": [True]})
+    with pytest.raises(ValueError, match=r"^eval, row 0: the prompt has no tokens, so the encoder"):
+        tokenize_dataset(unread, tiny.t5_tokenizer(), max_length=9, encoder_decoder=True, name="eval")
+    alone, _report = tokenize_dataset(unread, tiny.tokenizer(), max_length=9)
+    assert alone[0]["input_ids"] == [4, 1]
+
+
+def test_batches_processes_and_streams_do_not_change_the_rows_of_an_encoder_decoder() -> None:
+    dataset = rows(*((f"w{2 + i % 7} w9", "w3 " * (i % 4)) for i in range(1003)))
+    options = {"max_length": 6, "encoder_decoder": True, "truncation": "keep_end"}
+    alone, _report = tokenize_dataset(dataset, tiny.t5_tokenizer(), **options)
+    together, _report = tokenize_dataset(dataset, tiny.t5_tokenizer(), num_proc=2, **options)
+    stream, _report = tokenize_dataset(dataset.to_iterable_dataset(), tiny.t5_tokenizer(), **options)
+    assert together.to_list() == list(stream) == alone.to_list()
+    assert alone[1002] == {"input_ids": [3, 9, 1, 3, 3, 1], "prompt_length": 3, "label": True, "example_id": 1002}
+    assert alone[1000]["input_ids"] == [8, 9, 1, 1]
+
+
+def test_a_slow_tokenizer_of_an_encoder_decoder() -> None:
+    h, i, space, e_acute = ord("h") + 3, ord("i") + 3, ord(" ") + 3, [0xC3 + 3, 0xA9 + 3]
+    assert one(ByT5Tokenizer(), "hi", " é", encoder_decoder=True) == ([h, i, 1], [space, *e_acute, 1])
