@@ -1,6 +1,7 @@
-"""Prompts to embeddings: what of a prompt is embedded, and the call of a user's embedding function."""
+"""Prompts to embeddings: what of a prompt is embedded, and the call of an embedding function in batches."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,20 @@ from bco_lab.models import with_pad_token
 EmbeddingFunction = Callable[..., Any]
 Embedder = Callable[[Sequence[str]], NDArray[np.floating[Any]]]
 """Prompts to embeddings, `[prompts, dim]`, in the order given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Prompts as an embedder sees them.
+
+    Attributes:
+        values: Embeddings, `[prompts, dim]`, in the order of the prompts.
+        truncated: How many different prompts were cut to the embedder's limit.
+    """
+
+    values: NDArray[np.float32]
+    truncated: int
+
 
 _UNLIMITED = 10**9  # tokenizers without a limit report an astronomical one
 _WANTED = "it must return one embedding per prompt, a tensor of shape [batch, dim]"
@@ -69,10 +84,39 @@ def embed_prompts(
     Raises:
         ValueError: A prompt of no tokens, or a result that is not one finite embedding per prompt.
     """
-    unique = sorted(set(prompts))
-    if not unique:
-        raise ValueError("there are no prompts to embed")
-    tokens = _tokenize(unique, embedding_tokenizer)
+    return embed_counting(
+        prompts, embedding_func, embedding_tokenizer, batch_size=batch_size, device=device, progress=progress
+    ).values
+
+
+def embed_counting(
+    prompts: Sequence[str],
+    embedding_func: EmbeddingFunction,
+    embedding_tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    empty: int | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Embedded:
+    """`embed_prompts`, and how many prompts were cut.
+
+    Args:
+        prompts: See `embed_prompts`.
+        embedding_func: See `embed_prompts`.
+        embedding_tokenizer: See `embed_prompts`.
+        limit: Tokens of a prompt, special ones included; None: the tokenizer's own limit.
+        empty: Token that stands for a prompt of no tokens; None: such a prompt is an error.
+        batch_size: See `embed_prompts`.
+        device: See `embed_prompts`.
+        progress: See `embed_prompts`.
+
+    Raises:
+        ValueError: See `embed_prompts`.
+    """
+    unique, places_of_prompts = distinct(prompts)
+    tokens, truncated = _tokenize(unique, embedding_tokenizer, limit, empty)
     longest_first = sorted(range(len(unique)), key=lambda place: -len(tokens[place]))
     starts = range(0, len(unique), batch_size)
     embeddings: NDArray[np.float32] | None = None
@@ -92,19 +136,52 @@ def embed_prompts(
             )
         embeddings[places] = block
     assert embeddings is not None
+    return Embedded(embeddings[places_of_prompts], truncated)
+
+
+def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The different prompts, sorted, and which of them each prompt is.
+
+    Raises:
+        ValueError: There are none.
+    """
+    unique = sorted(set(prompts))
+    if not unique:
+        raise ValueError("there are no prompts to embed")
     place_of = {prompt: place for place, prompt in enumerate(unique)}
-    return embeddings[[place_of[prompt] for prompt in prompts]]
+    return unique, [place_of[prompt] for prompt in prompts]
 
 
-def _tokenize(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def token_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that a tokenizer says its model reads, special ones included; None where it sets no limit."""
+    limit: int = tokenizer.model_max_length
+    return limit if limit < _UNLIMITED else None
+
+
+def _tokenize(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int | None, empty: int | None
+) -> tuple[list[list[int]], int]:
+    """Token ids of each prompt, and how many prompts were cut."""
     with_pad_token(tokenizer)
-    limit = tokenizer.model_max_length
-    truncation = {"truncation": True, "max_length": limit} if limit < _UNLIMITED else {}
+    limit = limit or token_limit(tokenizer)
+    truncation = {"truncation": True, "max_length": limit} if limit else {}
     tokens: list[list[int]] = tokenizer(prompts, **truncation)["input_ids"]
-    empty = next((prompt for prompt, ids in zip(prompts, tokens, strict=True) if not ids), None)
-    if empty is not None:
-        raise ValueError(f"the embedding_tokenizer makes no token of the prompt {empty!r}: drop rows without a prompt")
-    return tokens
+    for place, prompt in enumerate(prompts):
+        if not tokens[place] and empty is None:
+            raise ValueError(
+                f"the embedding_tokenizer makes no token of the prompt {prompt!r}: drop rows without a prompt"
+            )
+        if not tokens[place]:
+            tokens[place] = [empty]
+    return tokens, _count_longer(prompts, tokens, tokenizer, limit)
+
+
+def _count_longer(
+    prompts: list[str], tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> int:
+    """How many prompts have more tokens than the limit; only those that fill it have to be looked at."""
+    full = [prompt for prompt, ids in zip(prompts, tokens, strict=True) if limit and len(ids) >= limit]
+    return sum(len(ids) > limit for ids in tokenizer(full, verbose=False)["input_ids"]) if limit and full else 0
 
 
 def _as_embeddings(result: Any, prompts: list[str]) -> NDArray[np.float32]:

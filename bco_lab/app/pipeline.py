@@ -1,5 +1,6 @@
 """One run from its folder's configuration to result.json; every process of a distributed run goes through here."""
 
+import json
 import logging
 import sys
 import time
@@ -18,17 +19,20 @@ from bco_lab.app.checks import build
 from bco_lab.app.judge import Judge, fit_judge
 from bco_lab.app.samples import GenerationSettings, SampleComparison, compare_samples
 from bco_lab.app.tracking import MetricsFile, RunProgress, WandbMetrics, WandbRun, drop_steps_after
+from bco_lab.cache import ArtifactCache
 from bco_lab.checkpoints import last_whole_checkpoint, step_of
 from bco_lab.config import BCOConfig
 from bco_lab.data.labels import check_both_classes
-from bco_lab.data.sources import FeedbackData
+from bco_lab.data.sources import FeedbackData, FeedbackSource
 from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.distributed import every_process_computes
-from bco_lab.files import read_json, write_json
+from bco_lab.files import read_json, write_json, write_text
 from bco_lab.generation import generate_completions
+from bco_lab.matching import MatchingReport
 from bco_lab.models import Policy, PolicySource, auto_class_of
 from bco_lab.preparation import prepare_rows
 from bco_lab.reference import REF_LOGPS
+from bco_lab.report.matching import plot_matching
 from bco_lab.report.plots import plot_rewards
 from bco_lab.trainer import BCOTrainer
 
@@ -60,8 +64,11 @@ def run(run_dir: Path) -> None:
 
 def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -> None:
     source: PolicySource = build(cfg, "model")
-    data = load_data(cfg)
+    cache = ArtifactCache()
+    data, matching = load_data(cfg, cache)
     note_data(run_dir, data)
+    if matching is not None:
+        note_matching(run_dir, matching)
     with PartialState().local_main_process_first():  # one process converts a model, the others read it
         tokenizer = source.load_tokenizer()
         encoder_decoder = bool(getattr(source.load_config(), "is_encoder_decoder", False))
@@ -86,7 +93,9 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
         if tracked.main:
             result = collect(run_dir, cfg, trainer, before, after, comparison.samples(before, after))
             result["tokenization"] = {name: vars(report) for name, report in rows.reports.items()}
-            finish(run_dir, tracked.wandb, result, started)
+            result["udm"] = matching.figures() if matching is not None else None
+            result["artifacts"] = [use.to_dict() for use in cache.uses]
+            finish(run_dir, tracked.wandb, result, matching, started)
         trainer.accelerator.wait_for_everyone()
 
 
@@ -121,18 +130,44 @@ def log_to(run_dir: Path, *, main: bool) -> None:
     transformers_logging.set_verbosity_warning()
 
 
-def load_data(cfg: DictConfig) -> FeedbackData:
-    """Rows of the dataset group, weighed by the udm group.
+def load_data(cfg: DictConfig, cache: ArtifactCache) -> tuple[FeedbackData, MatchingReport | None]:
+    """Rows of the dataset group, weighed by the udm group; and what that found.
 
     Raises:
         ValueError: A row that breaks a rule, or one class only.
     """
-    data: FeedbackData = build(cfg, "udm").weigh(build(cfg, "dataset"))
-    check_both_classes(data.train["label"], f"dataset {data.name}, train")
-    held_out = len(data.eval) if data.eval is not None else 0
+    read = read_data(cfg)
+    check_both_classes(read.train["label"], f"dataset {read.name}, train")
+    held_out = len(read.eval) if read.eval is not None else 0
     logger.info(
-        "%s: %d rows to train on, %d held out (split by %s)", data.name, len(data.train), held_out, data.split_by
+        "%s: %d rows to train on, %d held out (split by %s)", read.name, len(read.train), held_out, read.split_by
     )
+    matching = build(cfg, "udm")
+    try:
+        data, report = matching.weigh(read, cache)
+    except (ValueError, OSError, ImportError) as error:
+        raise type(error)(f"udm: {error}") from error
+    for line in report.notes() if report is not None else ():
+        logger.info("udm: %s", line)
+    return data, report
+
+
+def read_data(cfg: DictConfig) -> FeedbackData:
+    """Rows of the dataset group.
+
+    Raises:
+        ValueError: A row that breaks a rule; the message begins with the group's name.
+    """
+    found = build(cfg, "dataset")
+    if not isinstance(found, FeedbackSource):
+        return found
+    try:
+        data = found.load()
+    except (ValueError, OSError) as error:
+        raise type(error)(f"dataset: {error}") from error
+    assert data.report is not None
+    for line in data.report.notes():
+        logger.info("%s: %s", data.name, line)
     return data
 
 
@@ -153,8 +188,19 @@ def note_data(run_dir: Path, data: FeedbackData) -> None:
             "train_rows": len(data.train),
             "eval_rows": len(data.eval) if data.eval is not None else 0,
             "fingerprint": fingerprint,
+            "report": data.report.to_dict() if data.report is not None else None,
         }
+        if data.rejected:
+            write_text(run_dir / run_directory.REJECTED, "".join(f"{json.dumps(row)}\n" for row in data.rejected))
         write_json(run_dir / run_directory.ENVIRONMENT, environment)
+
+
+def note_matching(run_dir: Path, report: MatchingReport) -> None:
+    """Write udm.json and its picture."""
+    if PartialState().is_main_process:
+        content = report.to_dict()
+        write_json(run_dir / run_directory.UDM, content)
+        plot_matching(content, run_dir / run_directory.PLOTS / "udm.png")
 
 
 def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig, encoder_decoder: bool) -> Rows:
@@ -335,12 +381,24 @@ def collect(
     }
 
 
-def finish(run_dir: Path, wandb: WandbRun | None, result: dict[str, Any], started: float) -> None:
+def finish(
+    run_dir: Path,
+    wandb: WandbRun | None,
+    result: dict[str, Any],
+    matching: MatchingReport | None,
+    started: float,
+) -> None:
     """Draw the picture, close W&B and write result.json, last of all."""
-    picture = plot_rewards(run_dir / run_directory.METRICS, run_dir / run_directory.PLOTS / "rewards.png")
-    result["paths"] |= {"plots": [str(picture)], "wandb": wandb.folder if wandb else None}
+    pictures = {"rewards": plot_rewards(run_dir / run_directory.METRICS, run_dir / run_directory.PLOTS / "rewards.png")}
+    if matching is not None:
+        pictures["udm"] = run_dir / run_directory.PLOTS / "udm.png"
+    paths = [str(picture) for picture in pictures.values()]
+    result["paths"] |= {"plots": paths, "wandb": wandb.folder if wandb else None}
     if wandb is not None:
-        wandb.log_image("rewards", picture)
+        for name, picture in pictures.items():
+            wandb.log_image(name, picture)
+        if matching is not None:
+            wandb.log_matching(matching)
         if result["samples"]:
             pairs = result["samples"]["pairs"]
             wandb.log_table("samples", list(pairs[0]), [list(pair.values()) for pair in pairs])

@@ -23,10 +23,12 @@ METRICS = "metrics.jsonl"
 RESULT = "result.json"
 BEFORE = "before.json"
 LOG = "run.log"
+REJECTED = "rejected_rows.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 BASE = "base"
 PLOTS = "plots"
+UDM = "udm.json"
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "wandb")
 _PLACES = ("name", "wandb", "launcher")  # say where a run happens, not what it computes
@@ -117,6 +119,7 @@ def data_fingerprint(datasets: dict[str, Any]) -> str:
     for name, dataset in sorted(datasets.items()):
         digest.update(name.encode())
         for row in dataset or ():
+            row.pop("origin", None)  # a file may move
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 

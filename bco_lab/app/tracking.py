@@ -12,6 +12,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from bco_lab.eval_samples import EvalSample
 from bco_lab.files import json_ready, write_text
+from bco_lab.matching import MatchingReport
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,27 @@ class WandbRun:
 
             if self._run:
                 self._run.log({name: wandb.Image(str(path))})
+
+        self._safely(send)
+
+    def log_matching(self, report: MatchingReport) -> None:
+        """Log weights and probabilities as histograms, the other figures into the summary."""
+
+        def send() -> None:
+            import wandb
+
+            if self._run is None:
+                return
+            found = report.to_dict()
+            weights, p = found["weight_histogram"], found["p_histogram"]
+            drawn = {
+                "udm/weights": (weights["weight"], weights["edges"]),
+                "udm/density_ratio": (weights["ratio"], weights["edges"]),
+                "udm/p_desirable/desirable": (p["desirable"], p["edges"]),
+                "udm/p_desirable/undesirable": (p["undesirable"], p["edges"]),
+            }
+            self._run.log({name: wandb.Histogram(np_histogram=pair) for name, pair in drawn.items()})
+            self._run.summary.update(json_ready({f"udm/{name}": value for name, value in report.figures().items()}))
 
         self._safely(send)
 

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from bco_lab.data.chat import check_text, common_prefix
+from bco_lab.data.feedback import RecordError
 
 ANSWER_MARK = "\n\nAssistant:"  # ends the prompt in transcripts such as those of hh-rlhf
 
@@ -55,7 +56,10 @@ def unpair(dataset: Dataset | IterableDataset, *, name: str, num_proc: int | Non
         for place, index in enumerate(indices):
             where = f"{name}, row {index}"
             row = {column: values[place] for column, values in batch.items()}
-            prompt, *completions = _split_pair(row, where)
+            try:
+                prompt, *completions = split_pair(row)
+            except RecordError as error:
+                raise ValueError(f"{where}, {error}" if error.column is not None else f"{where}: {error}") from error
             for number, completion in enumerate(completions):
                 for column in kept:
                     value = row[column]
@@ -85,38 +89,43 @@ def _features(given: Features | None, kept: Sequence[str]) -> Features | None:
     return Features({**copied, "prompt": text, "completion": text, "label": Value("bool")})
 
 
-def _split_pair(row: Mapping[str, Any], where: str) -> tuple[Text, Text, Text]:
-    """Prompt, chosen and rejected completion of a pair."""
-    chosen, rejected = (_read(row, column, where) for column in _PAIR)
-    prompt = _read(row, "prompt", where) if "prompt" in row else None
+def split_pair(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
+    """Prompt, chosen and rejected completion of a pair, as `unpair` tells them apart.
+
+    Args:
+        row: `chosen`, `rejected` and maybe `prompt`.
+
+    Raises:
+        RecordError: The pair breaks a rule.
+    """
+    chosen, rejected = (_read(row, column) for column in _PAIR)
+    prompt = _read(row, "prompt") if "prompt" in row else None
     if type(chosen) is not type(rejected):
-        raise ValueError(f"{where}: chosen and rejected must be of one kind, text or messages")
+        raise RecordError(None, "chosen and rejected must be of one kind, text or messages")
     if chosen == rejected:
-        raise ValueError(f"{where}: chosen and rejected are equal, so the pair says nothing")
+        raise RecordError(None, "chosen and rejected are equal, so the pair says nothing")
     if isinstance(prompt, list) and isinstance(chosen, str):
-        raise ValueError(
-            f"{where}: prompt is a list of messages but chosen and rejected are text; make all of one kind"
-        )
+        raise RecordError(None, "prompt is a list of messages but chosen and rejected are text; make all of one kind")
     if prompt is not None and type(prompt) is type(chosen):
         completions = _without(prompt, chosen, rejected)
     else:
-        shared = _shared_prompt(chosen, rejected, where)
+        shared = _shared_prompt(chosen, rejected)
         prompt, completions = chosen[:shared], (chosen[shared:], rejected[shared:])
     for column, completion in zip(_PAIR, completions, strict=True):
         try:
             check_text(completion, "completion")
         except ValueError as error:
-            raise ValueError(f"{where}, column {column!r}, after the prompt: {error}") from error
+            raise RecordError(column, f"after the prompt: {error}") from error
     return (prompt, *completions)
 
 
-def _read(row: Mapping[str, Any], column: str, where: str) -> Text:
+def _read(row: Mapping[str, Any], column: str) -> Text:
     """Text, or messages with nothing but role and content: keys that are null in one column may lack in another."""
     value = row[column]
     try:
         check_text(value, column)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise RecordError(column, str(error)) from error
     if isinstance(value, str):
         return value
     return [{"role": message["role"], "content": message["content"]} for message in value]
@@ -130,13 +139,13 @@ def _without(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text]:
     return chosen[len(prompt) * repeat[0] :], rejected[len(prompt) * repeat[1] :]
 
 
-def _shared_prompt(chosen: Text, rejected: Text, where: str) -> int:
+def _shared_prompt(chosen: Text, rejected: Text) -> int:
     """Characters or messages of the prompt that both start with."""
     length = common_prefix(chosen, rejected)
     if isinstance(chosen, str):
         return _end_of_prompt(chosen[:length])
     if length == 0:
-        raise ValueError(f"{where}: chosen and rejected share no message, so there is no prompt of messages")
+        raise RecordError(None, "chosen and rejected share no message, so there is no prompt of messages")
     return length
 
 

@@ -134,6 +134,26 @@ def permute_labels(labels: Sequence[bool], *, seed: int) -> list[bool]:
     return permuted
 
 
+def oversample(labels: Sequence[bool], *, seed: int) -> list[tuple[int, int]]:
+    """Row numbers to repeat, with the number of the copy, until both classes have as many rows.
+
+    Each row of the smaller class is repeated as often as any other, or once more.
+    """
+    rows: dict[bool, list[int]] = {
+        value: [i for i, label in enumerate(labels) if bool(label) == value] for value in (True, False)
+    }
+    smaller, larger = sorted(rows.values(), key=len)
+    if not smaller:
+        return []
+    generator = random.Random(seed)
+    copies: list[tuple[int, int]] = []
+    number = 0
+    while (missing := len(larger) - len(smaller) - len(copies)) > 0:
+        number += 1
+        copies += [(row, number) for row in sorted(generator.sample(smaller, min(missing, len(smaller))))]
+    return copies
+
+
 def _collect(groups: Sequence[Hashable], labels: Sequence[bool]) -> list[_Group]:
     """Rows gathered by group, in order of first appearance."""
     rows_of: defaultdict[Hashable, list[int]] = defaultdict(list)

@@ -82,7 +82,8 @@ def tokenize_dataset(
 
     Args:
         dataset: Columns `prompt`, `completion`, `label`; or `input_ids`, `prompt_length`, `label`. `example_id` is
-            added as the row number if missing, `ref_logps` and `example_weight` are kept, others are removed.
+            added as the row number if missing, `ref_logps` and `example_weight` are kept, others are removed. A column
+            `origin` (file and line) names rows in errors.
         tokenizer: The policy's.
         max_length: Most tokens a row may have; None for no limit.
         truncation: One of `keep_start`, `keep_end`, `drop`.
@@ -195,10 +196,7 @@ class _RowTokenizer:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         ids = [int(i) for i in batch.get("example_id") or _row_numbers(indices)]
-        where = [
-            f"{self.name}, row {index}" + (f" (example_id {i})" if "example_id" in batch else "")
-            for index, i in zip(indices, ids, strict=True)
-        ]
+        where = self._where(batch, indices, ids)
         if "input_ids" in batch and "prompt_length" in batch:
             encoded = [(list(row), int(n)) for row, n in zip(batch["input_ids"], batch["prompt_length"], strict=True)]
         else:
@@ -218,6 +216,16 @@ class _RowTokenizer:
             except ValueError as error:
                 raise ValueError(f"{place}, column 'label': {error}") from error
         return {**out, "example_id": ids}
+
+    def _where(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int], ids: Sequence[int]) -> list[str]:
+        """The place of each row, for errors: file and line if the row knows them."""
+        if "origin" in batch:
+            return list(batch["origin"])
+        named = "example_id" in batch
+        return [
+            f"{self.name}, row {index}" + (f" (example_id {i})" if named else "")
+            for index, i in zip(indices, ids, strict=True)
+        ]
 
     def _text(self, prompt: Any, completion: Any, where: str) -> PairedText:
         try:

@@ -19,13 +19,14 @@ _SIZE_INCHES, _DPI = (10.0, 6.0), 150
 _LONGEST_TITLE = 90
 
 # Okabe and Ito's palette, told apart with any kind of colour vision; line styles differ as well.
-_BLUE, _VERMILION, _BLACK, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#333333", "#009E73", "#AA4499"
+BLUE, VERMILION, _BLACK, GREEN, _PURPLE = "#0072B2", "#D55E00", "#333333", "#009E73", "#AA4499"
+GREY = "#666666"
 _UPPER = (
-    ("rewards/chosen", "chosen (thumbs-up)", _BLUE, "-", "o"),
-    ("rewards/rejected", "rejected (thumbs-down)", _VERMILION, "-", "s"),
+    ("rewards/chosen", "chosen (thumbs-up)", BLUE, "-", "o"),
+    ("rewards/rejected", "rejected (thumbs-down)", VERMILION, "-", "s"),
     ("delta", "reward shift δ", _BLACK, "--", "D"),
 )
-_MARGIN = ("rewards/margins", "margin", _GREEN, "-", "o")
+_MARGIN = ("rewards/margins", "margin", GREEN, "-", "o")
 _ACCURACY = ("rewards/accuracies", "accuracy", _PURPLE, "-", "s")
 _KEYS = [spec[0] for spec in (*_UPPER, _MARGIN, _ACCURACY)]
 
@@ -82,7 +83,7 @@ def plot_rewards(metrics_path: str | os.PathLike[str], png_path: str | os.PathLi
     _draw(lower, rows, *_MARGIN)
     _draw(accuracy, rows, *_ACCURACY)
     upper.set_ylabel("implicit reward (nats)")
-    lower.set_ylabel("margin (nats)", color=_GREEN)
+    lower.set_ylabel("margin (nats)", color=GREEN)
     accuracy.set_ylabel("accuracy (share of rows)", color=_PURPLE)
     for axes in (upper, lower, accuracy):
         _tidy(axes, is_twin=axes is accuracy)
@@ -91,7 +92,7 @@ def plot_rewards(metrics_path: str | os.PathLike[str], png_path: str | os.PathLi
     _legend(lower, [lower, accuracy])
     upper.set_title(_reading_help(rows), loc="right", fontsize=8.5, color="#666666")
     figure.suptitle(_title(Path(metrics_path)), x=0.02, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    return _save(figure, Path(png_path))
+    return save(figure, Path(png_path))
 
 
 def _points(rows: list[dict[str, Any]], key: str, split: str) -> Series:
@@ -186,7 +187,8 @@ def _title(metrics_path: Path) -> str:
     return name if len(name) <= _LONGEST_TITLE else name[: _LONGEST_TITLE - 1] + "…"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -53,7 +53,7 @@ def test_two_processes_equal_one(bco_lab: Any, environment: Path, reduction: str
 def test_a_worker_that_fails_is_reported(bco_lab: Any, environment: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"prompt": "a", "completion": "b", "label": 1}\n' * 4)
-    ended = bco_lab("model=tiny_llama", "launcher=ddp", "dataset=jsonl", f"dataset.path={log}", "hydra.run.dir=run")
+    ended = bco_lab("model=tiny_llama", "launcher=ddp", "dataset=unpaired", f"dataset.path={log}", "hydra.run.dir=run")
     assert ended.status == 2
     assert "only one class present" in ended.err
     assert "a worker failed with status" in ended.err

@@ -84,7 +84,7 @@ KEY_ERRORS = [
     (["trainer.output_dir=x"], "choose that with hydra.run.dir"),
     (["+trainer.output_dir=x"], "choose that with hydra.run.dir"),
     (["model=mixtrall"], "Could not find 'model/mixtrall'"),
-    (["dataset=jsonl"], "dataset.path must be given"),
+    (["dataset=unpaired"], "dataset.path must be given"),
     (["trainer.beta=0"], "trainer.beta=0 must be > 0"),
     (["trainer.beta=inf"], "trainer.beta=inf must be a finite number"),
     (["trainer.max_steps=0"], "trainer.max_steps=0 must be >= 1, or -1"),

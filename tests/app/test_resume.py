@@ -13,7 +13,7 @@ from bco_lab.checkpoints import MARKER, last_whole_checkpoint
 
 SETTINGS = [
     "model=tiny_llama",
-    "dataset=jsonl",
+    "dataset=unpaired",
     "wandb.mode=disabled",
     "generation.count=1",
     "trainer.learning_rate=0.01",

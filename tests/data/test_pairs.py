@@ -192,25 +192,25 @@ def test_the_types_do_not_depend_on_the_rows() -> None:
         ({"chosen": "a", "rejected": "a"}, "eval, row 0: chosen and rejected are equal"),
         (
             {"chosen": 3, "rejected": 4},
-            "eval, row 0: chosen must be a string or a list of at least one message, not int 3",
+            "eval, row 0, column 'chosen': chosen must be a string or a list of at least one message, not int 3",
         ),
         (
             {"prompt": None, "chosen": "a", "rejected": "b"},
-            "eval, row 0: prompt must be a string or a list .*, not null",
+            "eval, row 0, column 'prompt': prompt must be a string or a list .*, not null",
         ),
         ({"prompt": ASKED, "chosen": "a", "rejected": "b"}, "eval, row 0: prompt is a list of messages but chosen and"),
         ({"chosen": BLUE, "rejected": GREEN}, "eval, row 0: chosen and rejected share no message"),
         (
             {"chosen": ASKED + BLUE, "rejected": ASKED + BLUE + ASKED + GREEN},
-            r"eval, row 0, column 'chosen', after the prompt: completion must be .* one message, not list \[\]",
+            r"eval, row 0, column 'chosen': after the prompt: completion must be .* one message, not list \[\]",
         ),
         (
             {"chosen": ASKED + BLUE, "rejected": ASKED + ASKED},
-            r"eval, row 0, column 'rejected', after the prompt: completion\[0\] must have the role 'assistant'",
+            r"eval, row 0, column 'rejected': after the prompt: completion\[0\] must have the role 'assistant'",
         ),
         (
             {"chosen": [{**BLUE[0], "name": "x"}], "rejected": GREEN},
-            r"eval, row 0: chosen\[0\] has 'name'; only role and",
+            r"eval, row 0, column 'chosen': chosen\[0\] has 'name'; only role and",
         ),
         ({"chosen": BLUE, "rejected": "Green."}, "eval, row 0: chosen and rejected must be of one kind"),
         ({"chosen": "a", "rejected": "b", "completion": "c"}, r"eval: .*a column 'completion': remove either"),
@@ -237,6 +237,7 @@ def test_a_pair_that_breaks_a_rule_is_named(pair: dict[str, Any], message: str) 
 
 def test_a_null_is_named_with_its_row() -> None:
     with pytest.raises(
-        ValueError, match="train, row 1: rejected must be a string or a list of at least one message, not null"
+        ValueError,
+        match="train, row 1, column 'rejected': rejected must be a string or a list of at least one message, not null",
     ):
         rows_of({"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": None})

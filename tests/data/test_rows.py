@@ -1,7 +1,20 @@
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 from datasets import List, Value
 
-from bco_lab.data.rows import Row, check_row, check_same_kind, rows_to_dataset, shuffle_row_labels, split_rows
+from bco_lab.data.feedback import Feedback, RecordError
+from bco_lab.data.rows import (
+    Row,
+    check_feedback,
+    check_same_kind,
+    count_repeats,
+    oversample_rows,
+    rows_to_dataset,
+    shuffle_row_labels,
+    split_rows,
+)
 
 NAMES = {"prompt": "question", "completion": "reply", "label": "rating"}
 MESSAGES = Row([{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}], True, 4)
@@ -13,40 +26,68 @@ def make_rows(prompts: int, per_prompt: int) -> list[Row]:
     return [Row(f"q{i % prompts}", f"a{i}", (i // prompts + i) % 2 == 0, i) for i in range(count)]
 
 
-def test_check_row_reads_the_sources_own_columns() -> None:
-    record = {"question": "q", "reply": "a", "rating": "down", "other": 1}
-    assert check_row(record, columns=NAMES, label_map=None, example_id=8, where="x") == Row("q", "a", False, 8)
+def check(prompt, completion, label, **numbers) -> Row:
+    said = Feedback(prompt, completion, label, numbers=numbers)
+    return check_feedback(said, example_id=8, origin="log, line 9", label_map=None, names=NAMES)
+
+
+def test_a_thumb_becomes_a_row() -> None:
+    assert check("q", "a", "down") == Row("q", "a", False, 8, origin="log, line 9")
+
+
+def test_messages_keep_role_and_content_alone() -> None:
+    row = check([{"role": "user", "content": "q", "name": None}], [{"role": "assistant", "content": "a"}], 1)
+    assert row.prompt == [{"role": "user", "content": "q"}]
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("said", "column", "rule"),
     [
-        ({"question": "q"}, "log, line 2: no column 'reply', 'rating'; the row has: question"),
-        ({}, "log, line 2: no column 'question', 'reply', 'rating'; the row has: no columns"),
-        (
-            {"question": 1, "reply": "a", "rating": 1},
-            "log, line 2, column 'question': prompt must be a string or a list",
-        ),
-        ({"question": "q", "reply": None, "rating": 1}, "log, line 2, column 'reply': completion must be .* not null"),
-        ({"question": "q", "reply": "a", "rating": None}, "log, line 2, column 'rating': label None is none of"),
-        (
-            {"question": "q", "reply": MESSAGES.completion, "rating": 1},
-            "log, line 2: prompt is a string but completion",
-        ),
+        ((1, "a", 1), "question", "prompt must be a string or a list of at least one message, not int 1"),
+        (("q", None, 1), "reply", "completion must be a string or a list of at least one message, not null"),
+        (("q", "a", "meh"), "rating", "label 'meh' is none of true/false"),
+        (("q", MESSAGES.completion, 1), None, "prompt is a string but completion is a list of messages"),
     ],
 )
-def test_check_row_names_place_column_and_rule(record, message) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        check_row(record, columns=NAMES, label_map=None, example_id=1, where="log, line 2")
+def test_a_thumb_that_breaks_a_rule_names_column_and_rule(said, column, rule) -> None:
+    with pytest.raises(RecordError) as caught:
+        check(*said)
+    assert caught.value.column == column
+    assert caught.value.rule.startswith(rule)
 
 
 def test_check_same_kind_refuses_a_mixture() -> None:
-    check_same_kind(MESSAGES, MESSAGES, column="prompt", where="log, line 9")
-    with pytest.raises(ValueError, match=r"of one kind$") as caught:
-        check_same_kind(Row("q", "a", True, 8), MESSAGES, column="question", where="log, line 9")
+    first = replace(MESSAGES, origin="log, line 5")
+    check_same_kind(first, first, column="prompt")
+    with pytest.raises(RecordError) as caught:
+        check_same_kind(Row("q", "a", True, 8), first, column="question")
     assert str(caught.value) == (
-        "log, line 9, column 'question': a string, but line 5 has a list of messages; all rows must be of one kind"
+        "column 'question': a string, but log, line 5 has a list of messages; all rows must be of one kind"
     )
+
+
+def test_repeats_are_counted() -> None:
+    said = [
+        ("q", "a", True),
+        ("q", "a", True),
+        ("q", "a", False),
+        ("q", "b", False),
+        ("r", "a", True),
+        ("q", "a", True),
+    ]
+    rows = [Row(*each, i) for i, each in enumerate(said)]
+    assert count_repeats(rows) == (2, 1)  # the second and the last row; (q, a)
+
+
+def test_oversampling_repeats_the_smaller_class() -> None:
+    rows = [Row("q", f"a{i}", i < 3, i) for i in range(11)]
+    balanced = oversample_rows(rows, seed=0)
+    assert balanced[:11] == rows
+    copies = balanced[11:]
+    assert sum(row.label for row in balanced) == 8 == len(balanced) - 8
+    assert len({row.example_id for row in balanced}) == len(balanced)
+    assert all(row.completion == f"a{row.example_id % 11}" for row in copies)
+    assert sorted(Counter(row.completion for row in balanced if row.label).values()) == [2, 3, 3]
 
 
 def test_many_prompts_are_split_by_prompt() -> None:
@@ -103,16 +144,20 @@ def test_data_sets_have_explicit_types() -> None:
     assert messages[0]["completion"] == [{"role": "assistant", "content": "a"}]
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.5, "0.5", True, None, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 1.5, "x", "nan", True, None, float("nan")])
 def test_a_number_column_out_of_its_range_is_named(value: object) -> None:
-    columns = {"prompt": "prompt", "completion": "completion", "label": "label", "p_desirable": "p"}
-    record = {"prompt": "a", "completion": "b", "label": 1, "p": value}
-    with pytest.raises(ValueError, match=r"^log, line 3, column 'p': p_desirable=.* must be a number in \[0, 1\]$"):
-        check_row(record, columns=columns, label_map=None, example_id=2, where="log, line 3")
+    with pytest.raises(RecordError, match=r"^column 'p_desirable': p_desirable=.* must be a number in \[0, 1\]$"):
+        check("a", "b", 1, p_desirable=value)
 
 
 def test_number_columns_end_up_in_the_data_set() -> None:
-    columns = {"prompt": "prompt", "completion": "completion", "label": "label", "example_weight": "w"}
-    records = [{"prompt": "a", "completion": "b", "label": i, "w": 2 * i + 0.5} for i in range(2)]
-    rows = [check_row(r, columns=columns, label_map=None, example_id=i, where="log") for i, r in enumerate(records)]
+    rows = [check("a", "b", i, example_weight=weight) for i, weight in enumerate([0.5, "2.5"])]
     assert rows_to_dataset(rows)["example_weight"] == [0.5, 2.5]
+
+
+def test_notes_are_columns_where_a_row_has_them() -> None:
+    rows = [Row("q", "a", True, 0, source="m"), Row("q", "b", True, 1, timestamp="2026-01-02")]
+    assert rows_to_dataset(rows).remove_columns(["prompt", "completion", "label", "example_id"]).to_list() == [
+        {"source": "m", "timestamp": None},
+        {"source": None, "timestamp": "2026-01-02"},
+    ]

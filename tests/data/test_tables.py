@@ -1,0 +1,100 @@
+import bz2
+import gzip
+import json
+import lzma
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+
+from bco_lab.data.feedback import RecordError
+from bco_lab.data.tables import Place, find_files, read_files
+
+RECORDS = [
+    {"prompt": 'q, "x"', "completion": "a\nb", "label": "1"},
+    {"prompt": "NA", "completion": "007", "label": None},
+    {"prompt": "[not messages]", "completion": "[1]", "label": "-1"},
+]
+
+
+def read(path) -> list[tuple[int, Place, object]]:
+    return list(read_files(find_files(path)))
+
+
+def records(path) -> list[object]:
+    return [record for _number, _place, record in read(str(path))]
+
+
+def test_every_kind_of_file_gives_the_same_records(tmp_path) -> None:
+    frame, dataset = pd.DataFrame(RECORDS), Dataset.from_list(RECORDS)
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t", encoding="utf-8-sig")
+    frame.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=1))
+    (tmp_path / "page.json").write_text(json.dumps({"data": RECORDS, "meta": {"page": 1}}))
+    for suffix, module in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
+        (tmp_path / f"b.jsonl{suffix}").write_bytes(module.compress(lines.encode()))
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    found = [*tmp_path.glob("a.*"), *tmp_path.glob("*.json"), *tmp_path.glob("b.*"), tmp_path / "saved", arrow]
+    assert len(found) == 13
+    for path in found:
+        assert records(path) == RECORDS, path
+
+
+def test_messages_in_a_cell_of_csv_are_messages(tmp_path) -> None:
+    messages = [{"role": "user", "content": "q"}]
+    pd.DataFrame([{"prompt": json.dumps(messages), "n": 3}]).to_csv(tmp_path / "a.csv", index=False)
+    assert records(tmp_path / "a.csv") == [{"prompt": messages, "n": "3"}]
+
+
+def test_records_are_numbered_over_all_files(tmp_path) -> None:
+    (tmp_path / "1.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    (tmp_path / "2.json").write_text('[{"a": 3}]')
+    pattern = str(tmp_path / "*.json*")
+    one, two = str(tmp_path / "1.jsonl"), str(tmp_path / "2.json")
+    assert read(pattern) == [
+        (0, Place(one, 1, "line"), {"a": 1}),
+        (2, Place(one, 3, "line"), {"a": 2}),
+        (3, Place(two, 1, "row"), {"a": 3}),
+    ]
+    assert find_files([two, pattern]) == [two, one]
+    assert (str(Place(one, 1, "line")), str(Place(two, 1))) == (f"{one}, line 1", f"{two}, row 1")
+
+
+def test_a_line_that_is_no_record_comes_as_its_error(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": \n[1]\n{"a": "\xff"}\n{"a": 1}')
+    found = records(path)
+    assert [type(each) for each in found] == [RecordError, RecordError, RecordError, dict]
+    assert [str(each) for each in found[:2]] == [
+        "not JSON (Expecting value: line 2 column 1 (char 7))",
+        "must be a JSON object with columns, not '[1]'",
+    ]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.parquet").write_text("PAR0")
+    (tmp_path / "bad.csv").write_text('a,b\n1,2,3\n"')
+    (tmp_path / "notes.txt").write_text("a")
+    for path, kind in (("bad.parquet", "parquet"), ("bad.csv", "csv")):
+        with pytest.raises(ValueError, match=rf"^{path}: cannot be read as {kind}: "):
+            read(path)
+    for path, kind, message in (
+        ("none.csv", FileNotFoundError, "none.csv: no such file"),
+        ("x*.csv", FileNotFoundError, r"x\*.csv: no file matches this pattern"),
+        (
+            "notes.txt",
+            ValueError,
+            "notes.txt: files end in .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow; JSON ",
+        ),
+        (str(tmp_path), ValueError, r".* is a folder; name files, such as .*/\*.parquet"),
+        ([], ValueError, r"path=\[\] must be the name of a file, a pattern, or a list of them"),
+        (["bad.csv", 3], ValueError, "path=.* must be the name of a file"),
+    ):
+        with pytest.raises(kind, match=f"^{message}"):
+            find_files(path)
