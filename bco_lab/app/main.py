@@ -32,9 +32,17 @@ def conf_folder() -> Path:
 def main() -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:]
+    task = run_one
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to stop ends as tidily as Ctrl-C
     if arguments and arguments[0] in COMMANDS:
         sys.exit(guarded(lambda: COMMANDS[arguments[0]](arguments[1:])))
+    if arguments and arguments[0] == "inspect":
+        arguments = arguments[1:]
+        if {"-h", "--help"} & set(arguments):
+            print(INSPECT_USAGE)
+            sys.exit(0)
+        sys.argv[1:] = with_inspect_defaults(arguments)
+        task = inspect_one
     # Errors come back here instead of being printed by Hydra: one line for what a user can mend.
     show_everything = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -44,7 +52,7 @@ def main() -> None:
     def one_trial(cfg: DictConfig) -> float | None:
         """Hydra's task; a trial that fails says why and leaves the others to run."""
         objective: list[float | None] = [None]
-        status = guarded(lambda: objective.append(run_one(cfg)), show_everything=show_everything)
+        status = guarded(lambda: objective.append(task(cfg)), show_everything=show_everything)
         failed.extend([status] if status else [])
         if status == EXIT_INTERRUPTED:
             sys.exit(status)
@@ -85,6 +93,22 @@ def run_one(cfg: DictConfig) -> float | None:
     return launch.launch(run_dir)
 
 
+def inspect_one(cfg: DictConfig) -> None:
+    """`bco-lab inspect`, in the folder that Hydra chose."""
+    from bco_lab.app import checks
+    from bco_lab.app.inspect import inspect
+
+    hydra_cfg = HydraConfig.get()
+    checks.check(cfg)
+    inspect(cfg, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
+
+
+def with_inspect_defaults(arguments: list[str]) -> list[str]:
+    """The command line with what `inspect` does otherwise than training, where the user did not say."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    return [f"{key}={value}" for key, value in INSPECT_DEFAULTS.items() if key not in given] + arguments
+
+
 def resume(arguments: list[str]) -> None:
     """`bco-lab resume RUN_DIR`."""
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
@@ -96,6 +120,21 @@ def resume(arguments: list[str]) -> None:
     checks.check(run_directory.read_config(run_dir))
     launch.launch(run_dir)
 
+
+INSPECT_DEFAULTS = {
+    "udm": "lexical",
+    "hydra.run.dir": "outputs/inspect/${hydra:runtime.choices.dataset}-${now:%Y%m%d-%H%M%S}",
+}
+INSPECT_USAGE = """usage: bco-lab inspect [group=option ...] [key=value ...]
+
+What a data set holds, before any training: label balance, lengths, truncation, duplicates and contradictions, whether
+thumbs reward length, whether thumbs-up and thumbs-down come from different prompts, and what matching would do about
+that. Takes what the training command takes; dataset, udm (lexical unless you say otherwise), model (for its tokenizer)
+and trainer.max_length matter. Writes inspect.html and inspect.json to hydra.run.dir (outputs/inspect/...).
+
+  bco-lab inspect dataset=unpaired dataset.path=feedback.jsonl
+  bco-lab inspect dataset=rated dataset.path=scores.csv dataset.threshold=4 udm=on model=qwen3_0_6b
+"""
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"resume": resume}
 
