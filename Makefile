@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/
 export TOKENIZERS_PARALLELISM ?= false
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-control test bench-memory check format clean
+.PHONY: help install demo demo-control test bench-memory udm-study check format clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: $(INSTALLED) ## Run the tests
 
 bench-memory: $(INSTALLED) ## Memory of a training step against TRL's (some minutes, 9 GiB)
 	$(BIN)/python benchmarks/memory.py
+
+udm-study: $(INSTALLED) ## Does matching help? Rewrites docs/udm-study.* (about 15 minutes)
+	$(BIN)/python benchmarks/udm_study.py
 
 check: $(INSTALLED) ## Lint, types and import rules
 	$(BIN)/ruff check .

@@ -18,6 +18,10 @@ EmbeddingFunction = Callable[..., Any]
 Embedder = Callable[[Sequence[str]], NDArray[np.floating[Any]]]
 """Prompts to embeddings, `[prompts, dim]`, in the order given."""
 
+_UNLIMITED = 10**9  # tokenizers without a limit report an astronomical one
+_WANTED = "it must return one embedding per prompt, a tensor of shape [batch, dim]"
+_POOL = "such as the masked mean of the last hidden state, (hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None]"
+
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
@@ -30,11 +34,6 @@ class Embedded:
 
     values: NDArray[np.float32]
     truncated: int
-
-
-_UNLIMITED = 10**9  # tokenizers without a limit report an astronomical one
-_WANTED = "it must return one embedding per prompt, a tensor of shape [batch, dim]"
-_POOL = "such as the masked mean of the last hidden state, (hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None]"
 
 
 def raw_prompt_text(prompt: str | Messages) -> str:
@@ -166,13 +165,11 @@ def _tokenize(
     limit = limit or token_limit(tokenizer)
     truncation = {"truncation": True, "max_length": limit} if limit else {}
     tokens: list[list[int]] = tokenizer(prompts, **truncation)["input_ids"]
-    for place, prompt in enumerate(prompts):
-        if not tokens[place] and empty is None:
-            raise ValueError(
-                f"the embedding_tokenizer makes no token of the prompt {prompt!r}: drop rows without a prompt"
-            )
-        if not tokens[place]:
-            tokens[place] = [empty]
+    bare = next((prompt for prompt, ids in zip(prompts, tokens, strict=True) if not ids), None)
+    if bare is not None and empty is None:
+        raise ValueError(f"the embedding_tokenizer makes no token of the prompt {bare!r}: drop rows without a prompt")
+    if empty is not None:
+        tokens = [ids or [empty] for ids in tokens]
     return tokens, _count_longer(prompts, tokens, tokenizer, limit)
 
 

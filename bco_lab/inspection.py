@@ -305,7 +305,7 @@ def _sources(log: _Log) -> list[dict[str, Any]]:
         ("(not given)" if source is None else source, [source]) for source in ranked[:SOURCES]
     ]
     if len(ranked) > SOURCES:
-        found.append((f"({len(ranked) - SOURCES} others)", ranked[SOURCES:]))
+        found.append((f"({len(ranked) - SOURCES} more)", ranked[SOURCES:]))
     table = []
     for source, members in found:
         count = sum(rows[member] for member in members)
@@ -615,14 +615,16 @@ def _findings(
 
 def _about_limits(log: _Log, cut: Cut, limits: _Limits) -> Iterable[Finding]:
     rows = len(log.labels)
-    room = 1 << int(np.ceil(np.log2(np.quantile(log.tokens, 0.99))))
+    # the next power of two that is more than now and holds 99 of 100 rows
+    room = 1 << int(np.ceil(np.log2(max(np.quantile(log.tokens, 0.99), (cut.max_length or 0) + 1))))
     raise_it = f"Set trainer.max_length={room}, which keeps {_percent((log.tokens <= room).mean())} of the rows whole"
     if cut.refused:
         yield Finding(
             "stop",
             f"{_rows(cut.refused)} ({_percent(cut.refused / rows)}) have a prompt that alone reaches "
             f"max_length={cut.max_length}, and truncation=keep_start refuses such a row.",
-            f"{raise_it}, or trainer.truncation=keep_end or drop.",
+            f"Set trainer.truncation=keep_end or drop, or trainer.max_length above {log.prompt_tokens.max():,}, the "
+            "tokens of the longest prompt.",
         )
     if cut.dropped:
         yield Finding(
@@ -631,17 +633,21 @@ def _about_limits(log: _Log, cut: Cut, limits: _Limits) -> Iterable[Finding]:
             f"would be left out, with {_percent(cut.lost_tokens)} of all tokens.",
             f"{raise_it}, or trainer.truncation=keep_start.",
         )
-    if cut.truncated:
+    by_length = cut.too_long - cut.refused - cut.dropped
+    if by_length:
         end = "the start of the prompt" if limits.truncation == "keep_end" else "the end of the completion"
-        lost = "" if cut.refused else f", with {_percent(cut.lost_tokens)} of all tokens"
-        by_length = cut.too_long > cut.refused
-        what = f"max_length={cut.max_length} cuts {end}"
-        if not by_length:
-            what = f"max_completion_length={limits.max_completion_length} cuts the end of the completion"
         yield Finding(
-            _level(cut.truncated / rows, warning=0.05),
-            f"{what} of {_rows(cut.truncated)} ({_percent(cut.truncated / rows)}){lost}.",
-            f"{raise_it}." if by_length else "Raise trainer.max_completion_length.",
+            _level(by_length / rows, warning=0.05),
+            f"max_length={cut.max_length} cuts {end} of {_rows(by_length)} ({_percent(by_length / rows)}).",
+            f"{raise_it}.",
+        )
+    by_cap = cut.truncated - by_length
+    if by_cap:
+        yield Finding(
+            _level(by_cap / rows, warning=0.05),
+            f"max_completion_length={limits.max_completion_length} cuts the end of the completion of {_rows(by_cap)} "
+            f"({_percent(by_cap / rows)}) that max_length would leave whole.",
+            "Raise trainer.max_completion_length.",
         )
 
 

@@ -40,13 +40,13 @@ class UdmReport:
         """Whether matching is indicated, and why, in a sentence."""
         found = self.diagnostics
         if found.auc is None or found.auc_low is None or found.auc_high is None:
-            return f"Matching does nothing here, all weights are equal: {found.reason}."
+            return f"UDM is not indicated because it does nothing here, all weights are equal: {found.reason}."
         how_far = f"held-out AUC {found.auc:.2f}, 95% interval {found.auc_low:.2f} to {found.auc_high:.2f}"
         if found.auc_low <= 0.5:
-            return f"Matching is not needed: the prompts of both classes cannot be told apart ({how_far})."
+            return f"UDM is not indicated because the prompts of both classes cannot be told apart ({how_far})."
         share = self.weights.effective_sample_size / self.weights.rows
         return (
-            f"Matching is indicated: desirable and undesirable rows come from different prompts ({how_far}). "
+            f"UDM is indicated because desirable and undesirable rows come from different prompts ({how_far}). "
             f"The weighted undesirable rows are worth {share:.0%} of their number."
         )
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_bert import LIMIT, Encoder, tokenizer
 
-from bco_lab.embedding import embed_prompts, raw_prompt_text
+from bco_lab.embedding import distinct, embed_counting, embed_prompts, raw_prompt_text, token_limit
 
 PROMPTS = ["w9", "w4 w5 w6 w7", "w9", "w8 w8", " ".join(f"w{i}" for i in range(4, 40)), "w5 w4", "w8 w8", ""]
 
@@ -119,6 +119,58 @@ def test_a_prompt_without_tokens_and_no_prompts_are_refused() -> None:
         embed(["w4", ""], Encoder(), tokenizer=tokens)
     with pytest.raises(ValueError, match=r"^there are no prompts to embed$"):
         embed([], Encoder())
+
+
+# ---- embed_counting ----
+
+
+LONGEST = max(PROMPTS, key=len)
+
+
+@pytest.mark.parametrize(
+    ("limit", "truncated"),
+    [(None, 1), (12, 1), (7, 1), (6, 1), (5, 2), (4, 2), (3, 4)],  # special tokens included
+)
+def test_different_prompts_that_were_cut_are_counted(limit: int | None, truncated: int) -> None:
+    encoder = Encoder()
+    found = embed_counting([*PROMPTS, LONGEST], encoder, tokenizer(), limit=limit, progress=False)
+    assert found.truncated == truncated
+    assert max(ids.shape[1] for ids, _ in encoder.calls) == (limit or LIMIT)
+    assert found.values.shape == (9, 16)
+    assert np.array_equal(found.values[4], found.values[8])
+
+
+def test_what_fits_exactly_is_not_cut() -> None:
+    exact, longer = (" ".join(["w4"] * count) for count in (LIMIT - 2, LIMIT - 1))
+    assert embed_counting([exact], Encoder(), tokenizer(), progress=False).truncated == 0
+    assert embed_counting([exact, longer], Encoder(), tokenizer(), progress=False).truncated == 1
+
+
+def test_counting_changes_no_embedding() -> None:
+    counted = embed_counting(PROMPTS, Encoder(), tokenizer(), batch_size=3, progress=False)
+    assert np.array_equal(counted.values, embed(PROMPTS, Encoder(), batch_size=3))
+
+
+def test_a_prompt_without_tokens_can_be_given_one() -> None:
+    tokens, encoder = tokenizer(), Encoder()
+    tokens.backend_tokenizer.post_processor = None
+    embed_counting(["w4", ""], encoder, tokens, empty=2, progress=False)
+    assert sorted(encoder.calls[0][0].flatten().tolist()) == [2, 4]
+
+
+def test_a_tokenizer_without_a_limit_cuts_nothing() -> None:
+    tokens = tokenizer()
+    assert token_limit(tokens) == LIMIT
+    tokens.model_max_length = int(1e30)
+    assert token_limit(tokens) is None
+    short = " ".join(["w4"] * 9)
+    assert embed_counting([short, "w5"], Encoder(), tokens, progress=False).truncated == 0
+
+
+def test_distinct_prompts_are_sorted_and_every_prompt_finds_its_own() -> None:
+    unique, places = distinct(PROMPTS)
+    assert unique == sorted(set(PROMPTS))
+    assert [unique[place] for place in places] == PROMPTS
 
 
 # ---- raw_prompt_text ----

@@ -2,6 +2,7 @@ import copy
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bco_lab.models import (
     local_name,
     override_config,
     package_file,
+    package_installed,
     prepare_policy,
     switch_off_dropout,
     with_pad_token,
@@ -142,6 +144,51 @@ def test_a_package_that_is_not_there_says_what_to_install(name: str, message: st
     for call in (package_file, local_name, PolicySource, lambda n: check_location(n, weights=False)):
         with pytest.raises(FileNotFoundError, match=f"^{re.escape(f'{name}: {message}')}"):
             call(name)
+
+
+@pytest.fixture
+def packaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The saved model as the folder `inner/model` of an installed package, `tiny_package`."""
+    package = folder.parent / "site" / "tiny_package"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('the package is not to be imported')")
+    monkeypatch.syspath_prepend(str(package.parent))
+    return folder.rename(package / "inner" / "model")
+
+
+def test_a_folder_in_a_package_is_loaded_as_it_is(
+    packaged: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BCO_LAB_CACHE", str(packaged.parents[2] / "cache"))
+    name = "package://tiny_package/inner/model"
+    assert package_file(name) == packaged
+    assert local_name(name) == str(packaged)
+    policy = PolicySource(name).load()
+    assert torch.equal(logits(policy.model), logits(llama))
+    assert policy.tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
+    assert torch.equal(logits(load_named_model(name, None, False)), logits(llama))
+    assert not (packaged.parents[2] / "cache").exists()  # nothing was converted
+
+
+def test_a_folder_in_a_package_is_checked_like_any_other(packaged: Path) -> None:
+    name = "package://tiny_package/inner/model"
+    check_location(name, weights=True)
+    with pytest.raises(FileNotFoundError, match=r"^package://tiny_package/inner/other: package tiny_package is .* 'i"):
+        PolicySource("package://tiny_package/inner/other")
+    with pytest.raises(FileNotFoundError, match=r"^model folder package://tiny_package/inner has no config\.json"):
+        PolicySource("package://tiny_package/inner")
+    (packaged / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"^model folder {name} has no weights "):
+        PolicySource(name)
+    check_location(name, weights=False)
+
+
+def test_an_installed_package_is_known_without_importing_it(packaged: Path) -> None:
+    assert package_installed("package://tiny_package/inner/model")
+    assert package_installed("package://tiny_package/no/such")
+    assert not package_installed("package://no_such/model")
+    assert not package_installed("package://no_such.inner/model")
+    assert "tiny_package" not in sys.modules
 
 
 def test_hub_ids_and_folders_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

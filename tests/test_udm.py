@@ -60,7 +60,7 @@ def test_the_column_tells_the_classes_apart_and_weighs_undesirable_rows() -> Non
     )
     assert report.diagnostics.prompts == len(set(dataset["prompt"]))
     assert report.diagnostics.auc_low > 0.5
-    assert report.recommendation.startswith("Matching is indicated: desirable and undesirable rows come from differ")
+    assert report.recommendation.startswith("UDM is indicated because desirable and undesirable rows come from differ")
 
 
 def test_rows_in_another_order_and_another_process_get_the_same_probabilities() -> None:
@@ -141,7 +141,7 @@ def test_equal_classes_need_no_matching() -> None:
     dealt = [random.Random(number).random() < 0.5 for number in range(len(dataset))]
     _, report = add(dataset.remove_columns("label").add_column("label", dealt))
     assert report.recommendation.startswith(
-        "Matching is not needed: the prompts of both classes cannot be told apart (held-out AUC 0."
+        "UDM is not indicated because the prompts of both classes cannot be told apart (held-out AUC 0."
     )
 
 
@@ -150,8 +150,8 @@ def test_one_prompt_cannot_be_matched_and_weighs_one() -> None:
     added, report = add(dataset)
     assert added["p_desirable"] == [0.5] * 8
     assert report.recommendation == (
-        "Matching does nothing here, all weights are equal: the rows of a class share one prompt, or nearly so, and "
-        "cannot be both learnt from and held out."
+        "UDM is not indicated because it does nothing here, all weights are equal: the rows of a class share one "
+        "prompt, or nearly so, and cannot be both learnt from and held out."
     )
 
 

@@ -148,7 +148,7 @@ def load_data(cfg: DictConfig, cache: ArtifactCache) -> tuple[FeedbackData, Matc
     except (ValueError, OSError, ImportError) as error:
         raise type(error)(f"udm: {error}") from error
     for line in report.notes() if report is not None else ():
-        logger.info("udm: %s", line)
+        logger.info("%s", line)
     return data, report
 
 

@@ -28,12 +28,10 @@ class Unpaired(FeedbackSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("columns", "label_map"):
-            value = getattr(self, key)
-            if value is not None and not isinstance(value, Mapping):
-                raise ValueError(f"{key}={value} must be a map, such as {{prompt: question}}")
+        if self.columns is not None and not isinstance(self.columns, Mapping):
+            raise ValueError(f"columns={self.columns} must be a map, such as {{prompt: question}}")
         _check_columns(self.columns or {}, (*COLUMNS, *OPTIONAL_COLUMNS, *NOTES))
-        _check_label_map(self.label_map)
+        check_label_map(self.label_map)
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -210,7 +208,14 @@ def _check_columns(columns: Mapping[str, str], known: Iterable[str]) -> None:
             raise ValueError(f"columns.{key}={value} must be the name of a column")
 
 
-def _check_label_map(label_map: Mapping[Any, bool] | None) -> None:
+def check_label_map(label_map: Mapping[Any, bool] | None) -> None:
+    """Refuse a map with values that are no labels.
+
+    Raises:
+        ValueError: Names key and value.
+    """
+    if label_map is not None and not isinstance(label_map, Mapping):
+        raise ValueError(f"label_map={label_map} must be a map, such as {{up: true, down: false}}")
     for key, value in (label_map or {}).items():
         if not isinstance(value, bool):
             raise ValueError(f"label_map.{key}={value} must be true or false")
