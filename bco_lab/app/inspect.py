@@ -1,6 +1,7 @@
 """`bco-lab inspect`: what a data set holds and what training would make of it, before any training."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from bco_lab.matching import DistributionMatching
 from bco_lab.models import PolicySource
 from bco_lab.report.inspection import render_inspection, write_inspection_html
 
+logger = logging.getLogger(__name__)
+
 JSON, HTML = "inspect.json", "inspect.html"
 
 
@@ -35,10 +38,11 @@ def inspect(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
     log_to(run_dir, main=True)
     source: PolicySource = build(cfg, "model")
     arguments: BCOConfig = build(cfg, "trainer", output_dir=str(run_dir))
-    data = whole(read_data(cfg))
+    read = read_data(cfg)
+    data = whole(read)
     if data.rejected:
         write_text(run_dir / run_directory.REJECTED, "".join(f"{json.dumps(row)}\n" for row in data.rejected))
-    content = measure(cfg, data, source, arguments)
+    content = measure(cfg, data, source, arguments, held_out=len(read.eval) if read.eval is not None else 0)
     content["command"] = ["bco-lab", "inspect", *overrides]
     write_text(run_dir / run_directory.OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(overrides)))
     write_json(run_dir / JSON, content)
@@ -55,7 +59,9 @@ def whole(data: FeedbackData) -> FeedbackData:
     return replace(data, train=train if data.eval is None else concatenate_datasets([train, data.eval]), eval=None)
 
 
-def measure(cfg: DictConfig, data: FeedbackData, source: PolicySource, arguments: BCOConfig) -> dict[str, Any]:
+def measure(
+    cfg: DictConfig, data: FeedbackData, source: PolicySource, arguments: BCOConfig, *, held_out: int
+) -> dict[str, Any]:
     """Everything the page says."""
     tokenizer = source.load_tokenizer()
     matching = build(cfg, "udm")
@@ -75,7 +81,12 @@ def measure(cfg: DictConfig, data: FeedbackData, source: PolicySource, arguments
         encoder_decoder=bool(getattr(source.load_config(), "is_encoder_decoder", False)),
         name=data.name,
         loading=data.report.to_dict() if data.report is not None else None,
+        held_out=held_out,
     )
+    if isinstance(matching, DistributionMatching) and matching.target != "desirable":
+        logger.warning("What UDM would do is shown for udm.target=desirable, not for %s", matching.target)
+    if embedded is not None and embedded.truncated:
+        logger.info("%d of %d prompts were cut to the embedder's limit", embedded.truncated, len(embedded.prompts))
     content = inspection.to_dict()
     content["embedder"] = {
         "udm": OmegaConf.to_container(cfg.udm, resolve=True),

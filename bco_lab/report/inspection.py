@@ -398,15 +398,16 @@ def _plots(content: Mapping[str, Any]) -> dict[str, list[Markup]]:
 def _plot_lengths(name: str, lengths: Mapping[str, Any], limit: int | None) -> Figure:
     figure, axes = _axes(f"Tokens of the {name}")
     edges = lengths["edges"]
-    _draw_classes(axes, edges, lengths)
     axis = axes.xaxis
     if lengths["scale"] == "log":
-        axes.set_xscale("symlog", linthresh=1) if edges[0] == 0 else axes.set_xscale("log")
+        edges = [max(edge, 0.5) for edge in edges]  # rows without such a token get a bin of their own, left of 1
+        axes.set_xscale("log")
         axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if edges[-1] < 200 * max(1, edges[0]) else (1,)))
         axis.set_minor_locator(NullLocator())
     else:
         axis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.0f}"))
+    _draw_classes(axes, edges, lengths)
     axes.set_xlim(edges[0], edges[-1])
     tail = f"tokens (the last bin goes on to {lengths['largest']:,})" if lengths["largest"] >= edges[-1] else "tokens"
     axes.set_xlabel(tail)

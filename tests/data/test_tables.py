@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from bco_lab.data.feedback import RecordError
-from bco_lab.data.tables import Place, find_files, read_files
+from bco_lab.data.tables import Place, find_files, read_files, read_hub
 
 RECORDS = [
     {"prompt": 'q, "x"', "completion": "a\nb", "label": "1"},
@@ -98,3 +98,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch) -> None:
     ):
         with pytest.raises(kind, match=f"^{message}"):
             find_files(path)
+
+
+def test_a_data_set_by_name_is_read_by_split(tmp_path, monkeypatch) -> None:
+    """A folder laid out like a data set's repository stands in for the hub."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "repository" / "data"
+    repository.mkdir(parents=True)
+    Dataset.from_list(RECORDS).to_parquet(str(repository / "train-0.parquet"))
+    Dataset.from_list(RECORDS[:1]).to_parquet(str(repository / "validation-0.parquet"))
+    name = str(repository.parent)
+    assert [record for _n, _p, record in read_hub(name, split="train")] == RECORDS
+    assert list(read_hub(name, split="validation")) == [(0, Place(f"{name}/validation", 1), RECORDS[0])]
+    with pytest.raises(ValueError, match=r"^the data set .*/repository \(split test\) cannot be loaded from the hub: "):
+        list(read_hub(name, split="test"))
