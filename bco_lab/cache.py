@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,26 @@ class Use:
         return asdict(self)
 
 
+class Claim:
+    """An artifact that somebody waits for.
+
+    Attributes:
+        found: What was there; None: compute it and `keep` it.
+        kept: Whether it was computed and kept.
+    """
+
+    def __init__(self, found: Artifact | None, write: Callable[[Artifact], None]) -> None:
+        self.found = found
+        self.kept = False
+        self._write = write
+
+    def keep(self, artifact: Artifact) -> Artifact:
+        """Write what was computed, and return it."""
+        self._write(artifact)
+        self.kept = True
+        return artifact
+
+
 class ArtifactCache:
     """Artifacts in a folder, shared by every process that can see it.
 
@@ -115,19 +135,26 @@ class ArtifactCache:
             key: What the numbers depend on.
             compute: Makes the artifact; an error in it leaves nothing behind.
         """
+        with self.claim(key) as claim:
+            return claim.found if claim.found is not None else claim.keep(compute())
+
+    @contextmanager
+    def claim(self, key: ArtifactKey) -> Iterator["Claim"]:
+        """Say that an artifact is wanted; where it is not there, nobody else computes it while this is open.
+
+        For those who cannot compute in a function, such as several processes together.
+        """
         started = time.monotonic()
         path = self.path_of(key)
         artifact = self._read(path, key)
-        reused = artifact is not None
-        if artifact is None:
-            with self._locked(path):
+        with nullcontext() if artifact is not None else self._locked(path):
+            if artifact is None:
                 artifact = self._read(path, key)  # another process may have been faster
+            claim = Claim(artifact, lambda made: self._write(path, key, made))
+            yield claim
+            if artifact is not None or claim.kept:
                 reused = artifact is not None
-                if artifact is None:
-                    artifact = compute()
-                    self._write(path, key, artifact)
-        self._note(Use(key.kind, reused, round(time.monotonic() - started, 3), key.digest))
-        return artifact
+                self._note(Use(key.kind, reused, round(time.monotonic() - started, 3), key.digest))
 
     def path_of(self, key: ArtifactKey) -> Path:
         """Where the artifact of a key is kept."""

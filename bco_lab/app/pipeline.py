@@ -15,6 +15,7 @@ from transformers import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from bco_lab.app import run_directory
+from bco_lab.app.artifacts import SharingTrainer, tokenized_rows
 from bco_lab.app.checks import build
 from bco_lab.app.judge import Judge, fit_judge
 from bco_lab.app.samples import GenerationSettings, SampleComparison, compare_samples
@@ -30,7 +31,6 @@ from bco_lab.files import read_json, write_json, write_text
 from bco_lab.generation import generate_completions
 from bco_lab.matching import MatchingReport
 from bco_lab.models import Policy, PolicySource, auto_class_of
-from bco_lab.preparation import prepare_rows
 from bco_lab.reference import REF_LOGPS
 from bco_lab.report.matching import plot_matching
 from bco_lab.report.plots import plot_rewards
@@ -72,13 +72,13 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
     with PartialState().local_main_process_first():  # one process converts a model, the others read it
         tokenizer = source.load_tokenizer()
         encoder_decoder = bool(getattr(source.load_config(), "is_encoder_decoder", False))
-    rows = tokenized(data, tokenizer, arguments, encoder_decoder)
+    rows = tokenized(data, tokenizer, arguments, encoder_decoder, cache)
     logger.info("Loading the model")
     policy = source.load()
     if source.name_or_path is None:
         keep_base(run_dir, policy)
     with Tracked(run_dir, cfg) as tracked:
-        trainer = make_trainer(cfg, policy, rows, arguments, tracked)
+        trainer = make_trainer(cfg, source, policy, rows, arguments, tracked, cache)
         resumed_from = last_whole_checkpoint(run_dir / run_directory.CHECKPOINTS)
         comparison = Comparison(run_dir, cfg, trainer, data)
         before = comparison.before()
@@ -203,14 +203,17 @@ def note_matching(run_dir: Path, report: MatchingReport) -> None:
         plot_matching(content, run_dir / run_directory.PLOTS / "udm.png")
 
 
-def tokenized(data: FeedbackData, tokenizer: Any, arguments: BCOConfig, encoder_decoder: bool) -> Rows:
+def tokenized(
+    data: FeedbackData, tokenizer: Any, arguments: BCOConfig, encoder_decoder: bool, cache: ArtifactCache
+) -> Rows:
     """Tokenise both splits, so that a row that does not fit is found before a model is loaded."""
     rows: dict[str, Any] = {"train": None, "eval": None}
     reports: dict[str, TokenizationReport] = {}
     for name, split in (("train", data.train), ("eval", data.eval)):
         if split is not None and len(split):
-            rows[name], report = prepare_rows(split, tokenizer, arguments, name, encoder_decoder=encoder_decoder)
-            assert report is not None
+            rows[name], report = tokenized_rows(
+                split, tokenizer, arguments, name, encoder_decoder=encoder_decoder, cache=cache
+            )
             reports[name] = report
             if report.truncated or report.dropped:
                 logger.info(
@@ -251,10 +254,20 @@ class Tracked:
             self.wandb.finish({"status": "failed"})
 
 
-def make_trainer(cfg: DictConfig, policy: Policy, rows: Rows, arguments: BCOConfig, tracked: Tracked) -> BCOTrainer:
+def make_trainer(
+    cfg: DictConfig,
+    source: PolicySource,
+    policy: Policy,
+    rows: Rows,
+    arguments: BCOConfig,
+    tracked: Tracked,
+    cache: ArtifactCache,
+) -> BCOTrainer:
     """Assemble the trainer from the components."""
     optimizer = build(cfg, "optimizer")
-    trainer = BCOTrainer(
+    trainer = SharingTrainer(
+        source=source,
+        cache=cache,
         model=policy.model,
         args=arguments,
         train_dataset=rows.train,
