@@ -95,6 +95,25 @@ class Use:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A kept artifact.
+
+    Attributes:
+        kind: Of the artifact.
+        digest: Of its key.
+        path: Of its file.
+        size: Bytes.
+        modified: Seconds since 1970.
+    """
+
+    kind: str
+    digest: str
+    path: Path
+    size: int
+    modified: float
+
+
 class Claim:
     """An artifact that somebody waits for.
 
@@ -168,6 +187,31 @@ class ArtifactCache:
             return nullcontext()
         return FileLock(path.with_suffix(".lock"))
 
+    def entries(self) -> list["Entry"]:
+        """What is kept, by kind, oldest first."""
+        found = []
+        for path in self.root.glob("*/*.safetensors"):
+            status = path.stat()
+            found.append(Entry(path.parent.name, path.stem, path, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda entry: (entry.kind, entry.modified))
+
+    def problem_of(self, entry: "Entry") -> str | None:
+        """What is wrong with a kept artifact; None where it is whole."""
+        try:
+            header, arrays = _load(entry.path)
+        except (SafetensorError, OSError) as error:
+            return str(error)
+        problem = _problem(header, arrays)
+        if problem is None and hashlib.sha256(header["key"].encode()).hexdigest()[:40] != entry.digest:
+            return "it belongs to another key"
+        return problem
+
+    def remove(self, entry: "Entry") -> None:
+        """Delete a kept artifact, unless somebody is computing it anew."""
+        lock = entry.path.with_suffix(".lock")
+        with FileLock(lock):
+            entry.path.unlink(missing_ok=True)
+
     def _note(self, use: Use) -> None:
         self.uses.append(use)
         logger.info("cache: %s %s in %.1f s", use.kind, "reused" if use.reused else "computed", use.seconds)
@@ -176,13 +220,13 @@ class ArtifactCache:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            header, arrays = _load(path)
         except (SafetensorError, OSError) as error:
             problem: str | None = str(error)
         else:
-            problem = _problem(header, arrays, key)
+            problem = _problem(header, arrays)
+            if problem is None and header["key"] != key.canonical():
+                problem = "it belongs to another key"
         if problem is None:
             return Artifact(arrays, json.loads(header["facts"]))
         logger.warning("cache: %s is damaged and computed anew: %s", path, problem)
@@ -212,11 +256,16 @@ def digest_of(*values: NDArray[Any] | str) -> str:
     return digest.hexdigest()[:40]
 
 
-def _problem(header: Mapping[str, str], arrays: Arrays, key: ArtifactKey) -> str | None:
+def _load(path: Path) -> tuple[dict[str, str], Arrays]:
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return file.metadata() or {}, arrays
+
+
+def _problem(header: Mapping[str, str], arrays: Arrays) -> str | None:
     """Why a file must not be used; None if it may."""
-    if set(header) != set(_HEADER) or header["checksum"] != _checksum(arrays, header["facts"]):
-        return "its checksum is wrong"
-    return None if header["key"] == key.canonical() else "it belongs to another key"
+    whole = set(header) == set(_HEADER) and header["checksum"] == _checksum(arrays, header["facts"])
+    return None if whole else "its checksum is wrong"
 
 
 def _checksum(arrays: Arrays, facts: str) -> str:

@@ -136,7 +136,15 @@ and trainer.max_length matter. Writes inspect.html and inspect.json to hydra.run
   bco-lab inspect dataset=rated dataset.path=scores.csv dataset.threshold=4 udm=on model=qwen3_0_6b
 """
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"resume": resume}
+
+def cache(arguments: list[str]) -> None:
+    """`bco-lab cache ls|verify|clear`."""
+    from bco_lab.app.cache_command import cache_command
+
+    cache_command(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"resume": resume, "cache": cache}
 
 
 if __name__ == "__main__":
