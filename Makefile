@@ -36,7 +36,7 @@ test: $(INSTALLED) ## Run the tests
 bench-memory: $(INSTALLED) ## Memory of a training step against TRL's (some minutes, 9 GiB)
 	$(BIN)/python benchmarks/memory.py
 
-udm-study: $(INSTALLED) ## Does matching help? Rewrites docs/udm-study.* (about 15 minutes)
+udm-study: $(INSTALLED) ## Does matching help? Rewrites docs/udm-study.* (about 17 minutes)
 	$(BIN)/python benchmarks/udm_study.py
 
 check: $(INSTALLED) ## Lint, types and import rules

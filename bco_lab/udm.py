@@ -45,9 +45,15 @@ class UdmReport:
         if found.auc_low <= 0.5:
             return f"UDM is not indicated because the prompts of both classes cannot be told apart ({how_far})."
         share = self.weights.effective_sample_size / self.weights.rows
+        at_bound = self.weights.share_below_min
         return (
             f"UDM is indicated because desirable and undesirable rows come from different prompts ({how_far}). "
             f"The weighted undesirable rows are worth {share:.0%} of their number."
+        ) + (
+            f" The lower bound raises the weight of {at_bound:.0%} of them, which keeps most of the difference: lower "
+            "min_density_ratio."
+            if at_bound > 0.5
+            else ""
         )
 
     def to_dict(self) -> dict[str, Any]:

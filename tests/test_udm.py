@@ -61,6 +61,9 @@ def test_the_column_tells_the_classes_apart_and_weighs_undesirable_rows() -> Non
     assert report.diagnostics.prompts == len(set(dataset["prompt"]))
     assert report.diagnostics.auc_low > 0.5
     assert report.recommendation.startswith("UDM is indicated because desirable and undesirable rows come from differ")
+    for least, advised in ((0.05, False), (5.0, True)):  # far below the ratios, and above nearly all of them
+        sentence = match(dataset).report(min_density_ratio=least, max_density_ratio=10.0).recommendation
+        assert ("lower min_density_ratio" in sentence) is advised
 
 
 def test_rows_in_another_order_and_another_process_get_the_same_probabilities() -> None:
