@@ -135,17 +135,32 @@ class SharingTrainer(BCOTrainer):
 
     def _reference_key(self, dataset: Dataset, name: str) -> ArtifactKey:
         self._identity = self._identity or policy_identity(self._source)
-        columns = _columns_of(dataset)
-        parts = {
-            **self._identity,
-            "rows": digest_of(*(columns[each] for each in sorted(columns) if each != "label")),
-            # Batches decide how sums are rounded, and an untrained policy must equal its reference to the last bit.
-            "batch": 2 * self.args.train_batch_size if name == "train" else self.args.eval_batch_size,
-            "precision": self.accelerator.mixed_precision,
-            "device": self.args.device.type,
-            **_libraries(),
-        }
-        return ArtifactKey("reference-logps", REFERENCE_VERSION, parts)
+        return reference_key(self._identity, dataset, self.args, name, precision=self.accelerator.mixed_precision)
+
+
+def reference_key(
+    identity: dict[str, Any], rows: Dataset, args: BCOConfig, name: str, *, precision: str
+) -> ArtifactKey:
+    """What reference log-probs depend on.
+
+    Args:
+        identity: Of the policy (see `policy_identity`).
+        rows: Tokenised.
+        args: Batch sizes and device.
+        name: "train" or the name of an evaluation set.
+        precision: Of the accelerator: "no", "bf16" or "fp16".
+    """
+    columns = _columns_of(rows)
+    parts = {
+        **identity,
+        "rows": digest_of(*(columns[each] for each in sorted(columns) if each != "label")),
+        # Batches decide how sums are rounded, and an untrained policy must equal its reference to the last bit.
+        "batch": 2 * args.train_batch_size if name == "train" else args.eval_batch_size,
+        "precision": precision,
+        "device": args.device.type,
+        **_libraries(),
+    }
+    return ArtifactKey("reference-logps", REFERENCE_VERSION, parts)
 
 
 def _libraries() -> dict[str, str]:

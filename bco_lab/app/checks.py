@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from bco_lab.app.suggestions import nearest
 
 GROUPS = ("model", "dataset", "udm", "optimizer", "launcher", "trainer", "wandb")
-TOP_LEVEL = (*GROUPS, "generation", "name", "seed", "objective")
+TOP_LEVEL = (*GROUPS, "generation", "name", "seed", "objective", "dry_run")
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 _EXTRAS = {"bitsandbytes": "bitsandbytes", "lion_pytorch": "lion"}  # package that a target lives in: our extra
 _SECRETS = ("hub_token", "api_key", "password", "secret")

@@ -13,13 +13,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bco_lab.app import run_directory
+from bco_lab.app import run_directory, sweep
 from bco_lab.app.suggestions import explain_composition_error
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, HydraException, OmegaConfBaseException)
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_SHOW_EVERYTHING = "BCO_LAB_SHOW_TRACEBACKS"  # workers of a launcher inherit it
+_statuses: list[int] = []  # of the trials that ran in this process
+
+# Here, not in main(): processes that a launcher starts import this module and resolve names themselves.
+OmegaConf.register_new_resolver("trial_name", run_directory.trial_name, replace=True)
+OmegaConf.register_new_resolver("sweep_or_run", run_directory.sweep_or_run, replace=True)
 
 
 def conf_folder() -> Path:
@@ -32,7 +39,7 @@ def conf_folder() -> Path:
 def main() -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:]
-    task = run_one
+    task: Callable[[DictConfig], float | None] = train_task
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to stop ends as tidily as Ctrl-C
     if arguments and arguments[0] in COMMANDS:
         sys.exit(guarded(lambda: COMMANDS[arguments[0]](arguments[1:])))
@@ -42,24 +49,50 @@ def main() -> None:
             print(INSPECT_USAGE)
             sys.exit(0)
         sys.argv[1:] = with_inspect_defaults(arguments)
-        task = inspect_one
+        task = inspect_task
+    sys.exit(_compose_and_run(task))
+
+
+def _compose_and_run(task: Callable[[DictConfig], float | None]) -> int:
+    """Let Hydra compose the command line and call the task, once or for each trial. Returns the exit status."""
+    multirun = bool({"-m", "--multirun"} & set(sys.argv[1:]))
+    if multirun:
+        sys.argv[1:] = sweep.with_names(sys.argv[1:])
     # Errors come back here instead of being printed by Hydra: one line for what a user can mend.
     show_everything = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    OmegaConf.register_new_resolver("trial_name", run_directory.trial_name, replace=True)
-    failed: list[int] = []
+    os.environ[_SHOW_EVERYTHING] = "1" if show_everything else ""
+    _statuses.clear()
+    application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
+    status = guarded(application, show_everything=show_everything) or max(_statuses, default=0)
+    if not multirun:
+        return status
+    failures = sweep.failures_of_last_sweep()
+    for name, error in failures.items():
+        print(f"bco-lab: failed: {name}: {error}", file=sys.stderr)
+    return status or (EXIT_FAILED if failures else 0)
 
-    def one_trial(cfg: DictConfig) -> float | None:
-        """Hydra's task; a trial that fails says why and leaves the others to run."""
-        objective: list[float | None] = [None]
-        status = guarded(lambda: objective.append(task(cfg)), show_everything=show_everything)
-        failed.extend([status] if status else [])
-        if status == EXIT_INTERRUPTED:
-            sys.exit(status)
-        return objective[-1]
 
-    application = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(one_trial)
-    sys.exit(guarded(application, show_everything=show_everything) or max(failed, default=0))
+def train_task(cfg: DictConfig) -> float | None:
+    """Hydra's task; a trial that fails says why and leaves the others to run. Returns the objective."""
+    from bco_lab.app.trial import run_composed
+
+    return _call(run_composed, cfg)
+
+
+def inspect_task(cfg: DictConfig) -> float | None:
+    """Hydra's task of `bco-lab inspect`."""
+    return _call(inspect_one, cfg)
+
+
+def _call(action: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
+    objective: list[float | None] = [None]
+    show_everything = bool(os.environ.get(_SHOW_EVERYTHING))
+    status = guarded(lambda: objective.append(action(cfg)), show_everything=show_everything)
+    _statuses.append(status)
+    if status == EXIT_INTERRUPTED:
+        sys.exit(status)
+    return objective[-1]
 
 
 def guarded(action: Callable[[], object], *, show_everything: bool = False) -> int:
@@ -82,18 +115,7 @@ def guarded(action: Callable[[], object], *, show_everything: bool = False) -> i
     return 0
 
 
-def run_one(cfg: DictConfig) -> float | None:
-    """One run, in the folder that Hydra chose. Returns the objective."""
-    from bco_lab.app import checks, launch
-
-    hydra_cfg = HydraConfig.get()
-    run_dir = Path(hydra_cfg.runtime.output_dir)
-    checks.check(cfg)
-    run_directory.prepare(run_dir, cfg, list(hydra_cfg.overrides.task))
-    return launch.launch(run_dir)
-
-
-def inspect_one(cfg: DictConfig) -> None:
+def inspect_one(cfg: DictConfig) -> float | None:
     """`bco-lab inspect`, in the folder that Hydra chose."""
     from bco_lab.app import checks
     from bco_lab.app.inspect import inspect
@@ -101,6 +123,7 @@ def inspect_one(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     checks.check(cfg)
     inspect(cfg, Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
+    return None
 
 
 def with_inspect_defaults(arguments: list[str]) -> list[str]:
@@ -110,15 +133,22 @@ def with_inspect_defaults(arguments: list[str]) -> list[str]:
 
 
 def resume(arguments: list[str]) -> None:
-    """`bco-lab resume RUN_DIR`."""
+    """`bco-lab resume DIR`, of a run or of a sweep."""
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print("usage: bco-lab resume RUN_DIR\n\nGo on from the last whole checkpoint of a run that was interrupted.")
+        print(
+            "usage: bco-lab resume DIR\n\nGo on with a run from its last whole checkpoint, or with a sweep: finished "
+            "trials are kept, half-done ones go on, the others start."
+        )
         sys.exit(0 if "-h" in arguments or "--help" in arguments else EXIT_USER_ERROR)
     from bco_lab.app import checks, launch
 
-    run_dir = Path(arguments[0]).resolve()
-    checks.check(run_directory.read_config(run_dir))
-    launch.launch(run_dir)
+    folder = Path(arguments[0]).resolve()
+    again = sweep.command_of(folder)
+    if again is not None:
+        sys.argv[1:] = again
+        sys.exit(_compose_and_run(train_task))
+    checks.check(run_directory.read_config(folder))
+    launch.launch(folder)
 
 
 INSPECT_DEFAULTS = {

@@ -130,29 +130,39 @@ def log_to(run_dir: Path, *, main: bool) -> None:
     transformers_logging.set_verbosity_warning()
 
 
-def load_data(cfg: DictConfig, cache: ArtifactCache) -> tuple[FeedbackData, MatchingReport | None]:
+def load_data(
+    cfg: DictConfig, cache: ArtifactCache, *, quiet: bool = False, weigh: bool = True
+) -> tuple[FeedbackData, MatchingReport | None]:
     """Rows of the dataset group, weighed by the udm group; and what that found.
+
+    Args:
+        cfg: Of the run.
+        cache: Where embeddings and probabilities are kept.
+        quiet: Log nothing.
+        weigh: False leaves the weights out.
 
     Raises:
         ValueError: A row that breaks a rule, or one class only.
     """
-    read = read_data(cfg)
+    level = logging.DEBUG if quiet else logging.INFO
+    read = read_data(cfg, level)
     check_both_classes(read.train["label"], f"dataset {read.name}, train")
     held_out = len(read.eval) if read.eval is not None else 0
-    logger.info(
-        "%s: %d rows to train on, %d held out (split by %s)", read.name, len(read.train), held_out, read.split_by
-    )
+    rows = (read.name, len(read.train), held_out, read.split_by)
+    logger.log(level, "%s: %d rows to train on, %d held out (split by %s)", *rows)
+    if not weigh:
+        return read, None
     matching = build(cfg, "udm")
     try:
         data, report = matching.weigh(read, cache)
     except (ValueError, OSError, ImportError) as error:
         raise type(error)(f"udm: {error}") from error
     for line in report.notes() if report is not None else ():
-        logger.info("%s", line)
+        logger.log(level, "%s", line)
     return data, report
 
 
-def read_data(cfg: DictConfig) -> FeedbackData:
+def read_data(cfg: DictConfig, level: int = logging.INFO) -> FeedbackData:
     """Rows of the dataset group.
 
     Raises:
@@ -167,7 +177,7 @@ def read_data(cfg: DictConfig) -> FeedbackData:
         raise type(error)(f"dataset: {error}") from error
     assert data.report is not None
     for line in data.report.notes():
-        logger.info("%s: %s", data.name, line)
+        logger.log(level, "%s: %s", data.name, line)
     return data
 
 

@@ -31,7 +31,7 @@ PLOTS = "plots"
 UDM = "udm.json"
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "wandb")
-_PLACES = ("name", "wandb", "launcher")  # say where a run happens, not what it computes
+PLACES = ("name", "wandb", "launcher", "dry_run")  # say where a run happens, not what it computes
 
 
 def prepare(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
@@ -101,16 +101,23 @@ def config_hash(cfg: DictConfig) -> str:
     """Fingerprint of everything in a resolved configuration that can change the numbers of a run."""
     content = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(content, dict)
-    kept = {key: value for key, value in content.items() if key not in _PLACES}
+    kept = {key: value for key, value in content.items() if key not in PLACES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def trial_name(overrides: str, longest: int = 120) -> str:
     """A readable folder name for one trial of a sweep; what does not fit is replaced by a hash."""
     name = overrides.replace("/", "-") or "defaults"
-    if len(name.encode()) <= longest:
+    if len(name.encode()) <= longest and (name == overrides or not overrides):
         return name
-    return f"{name[: longest // 2]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    # a path and the same text with dashes are two trials
+    kept = name.encode()[: longest - 13].decode(errors="ignore")
+    return f"{kept}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+
+
+def sweep_or_run(mode: Any, of_sweep: str, of_run: str) -> str:
+    """The name of a sweep's folder within a sweep, the other name outside one."""
+    return Path(of_sweep).name if str(mode).endswith("MULTIRUN") else of_run
 
 
 def data_fingerprint(datasets: dict[str, Any]) -> str:

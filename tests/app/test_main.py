@@ -33,7 +33,7 @@ def test_help_names_every_group_and_command(bco_lab: Any) -> None:
     assert shown.status == 0
     for group in GROUPS:
         assert f"\n{group}: " in shown.out
-    assert "bco-lab resume RUN_DIR" in shown.out
+    assert "bco-lab resume DIR" in shown.out
     assert "mixtral" in shown.out
 
 
@@ -139,7 +139,10 @@ def test_output_folder_that_cannot_be_written(bco_lab: Any, environment: Path) -
 
 
 def test_trial_names_are_readable_and_never_clash() -> None:
-    assert trial_name("trainer.beta=0.1,model/adapter=none") == "trainer.beta=0.1,model-adapter=none"
+    assert trial_name("trainer.beta=0.1,udm=on") == "trainer.beta=0.1,udm=on"
+    slash, dash = (trial_name(f"trainer.beta=0.1,model{sign}adapter=none") for sign in "/-")
+    assert slash.startswith("trainer.beta=0.1,model-adapter=none-")
+    assert dash == "trainer.beta=0.1,model-adapter=none"
     assert trial_name("") == "defaults"
     first, second = (trial_name("x" * 300 + end) for end in "ab")
     assert first != second
