@@ -37,6 +37,7 @@ def check_text(value: Any, part: str) -> None:
         ValueError: Names the value and the rule; the caller adds file, row and column.
     """
     if isinstance(value, str):
+        _check_characters(value, part)
         return
     if not (value and isinstance(value, list | tuple)):
         found = "null" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
@@ -120,11 +121,21 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **options:
     return rendered
 
 
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds {text[error.start]!r}, half of a character, at position {error.start}"
+        ) from None
+
+
 def _check_message(message: Any, where: str) -> None:
     fields = message if isinstance(message, Mapping) else {}
     for key in ("role", "content"):
         if key not in fields or not isinstance(fields[key], str):
             raise ValueError(f"{where} must be a message with a string {key!r}, not {reprlib.repr(message)}")
+    _check_characters(message["content"], where)
     if message["role"] not in ROLES:
         raise ValueError(f"{where} has the role {message['role']!r}, which is none of {', '.join(ROLES)}")
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]

@@ -54,7 +54,9 @@ def open_webui_feedback(record: Mapping[str, Any]) -> Feedback:
     Raises:
         RecordError: The record has no snapshot, or one without the rated message.
     """
-    data = {} if record.get("data") is None else _mapping(record, "data")
+    if "data" not in record:
+        raise RecordError(None, f"no column 'data'; the row has: {', '.join(map(str, record)) or 'no columns'}")
+    data = {} if record["data"] is None else _mapping(record, "data")
     rating = data.get("rating")
     noted: dict[str, Any] = {"source": _text_or_none(data.get("model_id")), "id": _text_or_none(record.get("id"))}
     noted["timestamp"] = _moment(record.get("created_at"))

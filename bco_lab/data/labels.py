@@ -3,6 +3,7 @@
 import numbers
 import reprlib
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def parse_label(value: Any, *, label_map: Mapping[Any, bool] | None = None) -> b
         return _look_up(value, label_map)
     if isinstance(value, bool | np.bool_):
         return bool(value)
-    if isinstance(value, numbers.Real) and value in (1, 0, -1):
+    if isinstance(value, numbers.Real | Decimal) and value in (1, 0, -1):
         return bool(value == 1)
     if isinstance(value, str):
         word = value.strip().casefold().translate(_EMOJI_MODIFIERS)

@@ -115,7 +115,7 @@ class Rated(FeedbackSource):
         super().__post_init__()
         for key in ("threshold", "drop_from"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float | None):
+            if isinstance(value, bool) or not isinstance(value, int | float | None) or value != value:
                 raise ValueError(f"{key}={value} must be a number")
         if self.drop_from is not None and self.drop_from >= self.threshold:
             raise ValueError(f"drop_from={self.drop_from} must be below threshold={self.threshold}, or null")

@@ -130,10 +130,15 @@ class FeedbackSource(ABC):
             raise ValueError("path=null must be a file, a pattern or a list of them, unless hub names a data set")
         for key in ("path", "eval_path"):
             _check_path(key, getattr(self, key))
-        if isinstance(self.eval_fraction, bool) or not 0 <= self.eval_fraction < 1:
+        if not _is_number(self.eval_fraction, int | float) or not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction} must be in [0, 1)")
-        if self.max_rows is not None and self.max_rows < 2:
-            raise ValueError(f"max_rows={self.max_rows} must be at least 2, one of each class")
+        if self.max_rows is not None and not (_is_number(self.max_rows, int) and self.max_rows >= 2):
+            raise ValueError(f"max_rows={self.max_rows} must be at least 2, one of each class, or null")
+        if not _is_number(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be a whole number >= 0")
+        for key in ("chat", "shuffle_labels"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)} must be true or false")
         for key, known in (("balance", BALANCES), ("on_error", ON_ERROR)):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}={getattr(self, key)} must be one of {', '.join(known)}")
@@ -297,6 +302,10 @@ def _check_path(key: str, value: Any) -> None:
     each = [value] if isinstance(value, str) or value is None else value
     if not isinstance(each, Sequence) or not each or not all(one is None or isinstance(one, str) for one in each):
         raise ValueError(f"{key}={value} must be the name of a file, a pattern, or a list of them")
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _is_null(label: Any) -> bool:

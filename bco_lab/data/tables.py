@@ -147,6 +147,11 @@ def _read_csv(file: str, separator: str) -> Iterator[dict[str, Any]]:
     # Everything as text: a completion of digits stays one, and the words None and NA are words. Only an empty cell is
     # null. datasets' own reader would guess types.
     options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
+    header = pd.read_csv(file, sep=separator, header=None, nrows=1, **options)
+    names = [str(name) for name in header.iloc[0] if name == name] if len(header) else []
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"the column {repeated[0]!r} is there twice")
     with pd.read_csv(file, sep=separator, chunksize=_CSV_ROWS, **options) as chunks:
         for chunk in chunks:
             for record in chunk.astype(object).where(chunk.notna(), None).to_dict("records"):

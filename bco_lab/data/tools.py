@@ -15,7 +15,7 @@ from bco_lab.data.exports import (
     open_webui_feedback,
 )
 from bco_lab.data.feedback import Feedback, RecordError
-from bco_lab.data.shapes import check_label_map
+from bco_lab.data.shapes import check_label_map, look_up
 from bco_lab.data.sources import FeedbackSource, LeftOut
 from bco_lab.data.tables import find_files, read_files
 
@@ -83,8 +83,9 @@ class Langfuse(FeedbackSource):
 
     def feedback(self, record: Mapping[str, Any]) -> Iterable[Feedback | LeftOut]:
         """One thumb, or none for a score of another name."""
-        if record.get("name") != self.score_name:
-            return [LeftOut(f"a score that is not {self.score_name}")]
+        name = look_up(record, {"name": "name"})["name"]
+        if name != self.score_name:
+            return [LeftOut(f"score named {name}")]
         trace, observation = langfuse_trace_id(record), langfuse_observation_id(record)
         scored = next((self._scored[key] for key in (observation, trace) if key in self._scored), None)
         if scored is None:
@@ -131,8 +132,9 @@ class LangSmith(FeedbackSource):
 
     def feedback(self, record: Mapping[str, Any]) -> Iterable[Feedback | LeftOut]:
         """One thumb, or none for a feedback of another key."""
-        if record.get("key") != self.key:
-            return [LeftOut(f"a feedback that is not {self.key}")]
+        key = look_up(record, {"key": "key"})["key"]
+        if key != self.key:
+            return [LeftOut(f"feedback of the key {key}")]
         run = langsmith_run_id(record)
         if run not in self._runs:
             raise RecordError("run_id", f"run {run} is not among the runs given")

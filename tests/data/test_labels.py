@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from bco_lab.data.labels import check_both_classes, check_scale, parse_label
         (-1.0, False),
         (np.int64(-1), False),
         (np.float32(1), True),
+        (Decimal("0.0"), False),
         ("1", True),
         ("0", False),
         ("-1", False),

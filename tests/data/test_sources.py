@@ -139,6 +139,10 @@ GOOD = [record(0), record(1)]
             ", line 3, column 'prompt': a list of messages, but .*log.jsonl, line 1 has a string; all ",
         ),
         ([*GOOD, ["q", "a", 1]], ", line 3: must be a JSON object"),
+        (
+            [*GOOD, record(2, prompt="x\ud800")],
+            ", line 3, column 'prompt': prompt holds .*, half of a character, at pos",
+        ),
         ([record(0), record(2)], ": only one class present, all 2 labels are desirable; add undesirable rows$"),
         ([record(0, label=0), record(1, label=-1), record(2, label=1)], ", column 'label': both 0 and -1 occur"),
     ],
@@ -256,6 +260,10 @@ def test_several_files_of_several_kinds_are_one_log(tmp_path) -> None:
         ({"path": "a.csv", "balance": "up"}, "balance=up must be one of none, oversample"),
         ({"path": "a.csv", "on_error": "stop"}, "on_error=stop must be one of raise, skip"),
         ({"path": "a.csv", "system": "Hi"}, "system needs chat=true"),
+        ({"path": "a.csv", "max_rows": "5"}, "max_rows=5 must be at least 2"),
+        ({"path": "a.csv", "eval_fraction": "a"}, r"eval_fraction=a must be in \[0, 1\)"),
+        ({"path": "a.csv", "seed": None}, "seed=None must be a whole number >= 0"),
+        ({"path": "a.csv", "chat": "yes"}, "chat=yes must be true or false"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_read(arguments, message) -> None:

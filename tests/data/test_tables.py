@@ -81,6 +81,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch) -> None:
     (tmp_path / "bad.parquet").write_text("PAR0")
     (tmp_path / "bad.csv").write_text('a,b\n1,2,3\n"')
     (tmp_path / "notes.txt").write_text("a")
+    (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"^twice.csv: cannot be read as csv: the column 'a' is there twice$"):
+        read("twice.csv")
     for path, kind in (("bad.parquet", "parquet"), ("bad.csv", "csv")):
         with pytest.raises(ValueError, match=rf"^{path}: cannot be read as {kind}: "):
             read(path)

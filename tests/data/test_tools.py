@@ -105,7 +105,7 @@ def test_langfuse_joins_scores_to_traces_and_observations(kind: str) -> None:
     )
     assert rows(source) == LANGFUSE
     data = source.load()
-    assert data.report.left_out == {"a score that is not user-feedback": 1, "no label": 1}
+    assert data.report.left_out == {"score named hallucination": 1, "no label": 1}
     assert data.train["timestamp"][0] == "2026-10-01T11:00:00.000Z"
 
 
@@ -167,7 +167,7 @@ def test_langsmith_joins_feedback_to_runs() -> None:
         (chat("Spell cat."), answer("k-a-t"), False, "LangGraph", "g3"),
         (chat("Spell cat."), answer("k-a-t"), False, "LangGraph", "g6"),
     ]
-    assert source.load().report.left_out == {"a feedback that is not user_score": 1, "no label": 1}
+    assert source.load().report.left_out == {"feedback of the key conciseness": 1, "no label": 1}
 
 
 def test_langsmith_names_the_run_that_is_missing(tmp_path) -> None:
