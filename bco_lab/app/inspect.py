@@ -38,7 +38,7 @@ def inspect(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
     log_to(run_dir, main=True)
     source: PolicySource = build(cfg, "model")
     arguments: BCOConfig = build(cfg, "trainer", output_dir=str(run_dir))
-    read = read_data(cfg)
+    read = read_data(cfg, few_rows=True)
     data = whole(read)
     if data.rejected:
         write_text(run_dir / run_directory.REJECTED, "".join(f"{json.dumps(row)}\n" for row in data.rejected))

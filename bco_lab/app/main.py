@@ -48,6 +48,9 @@ def main() -> None:
         if {"-h", "--help"} & set(arguments):
             print(INSPECT_USAGE)
             sys.exit(0)
+        if {"-m", "--multirun"} & set(arguments):
+            print("bco-lab: error: inspect looks at one data set: leave out -m", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
         sys.argv[1:] = with_inspect_defaults(arguments)
         task = inspect_task
     sys.exit(_compose_and_run(task))

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bco_lab.cache import ArtifactCache
 from bco_lab.checkpoints import last_whole_checkpoint, step_of
 from bco_lab.config import BCOConfig
 from bco_lab.data.labels import check_both_classes
+from bco_lab.data.rows import NothingToHoldOutError
 from bco_lab.data.sources import FeedbackData, FeedbackSource
 from bco_lab.data.tokenization import TokenizationReport
 from bco_lab.distributed import every_process_computes
@@ -155,15 +156,22 @@ def load_data(
     matching = build(cfg, "udm")
     try:
         data, report = matching.weigh(read, cache)
-    except (ValueError, OSError, ImportError) as error:
+    except (OSError, ImportError) as error:
         raise type(error)(f"udm: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"udm: {error}") from error
     for line in report.notes() if report is not None else ():
         logger.log(level, "%s", line)
     return data, report
 
 
-def read_data(cfg: DictConfig, level: int = logging.INFO) -> FeedbackData:
+def read_data(cfg: DictConfig, level: int = logging.INFO, *, few_rows: bool = False) -> FeedbackData:
     """Rows of the dataset group.
+
+    Args:
+        cfg: Of the run.
+        level: Of the messages.
+        few_rows: Whether rows that are too few to hold some out will do.
 
     Raises:
         ValueError: A row that breaks a rule; the message begins with the group's name.
@@ -172,9 +180,17 @@ def read_data(cfg: DictConfig, level: int = logging.INFO) -> FeedbackData:
     if not isinstance(found, FeedbackSource):
         return found
     try:
-        data = found.load()
-    except (ValueError, OSError) as error:
+        try:
+            data = found.load()
+        except NothingToHoldOutError as error:
+            if not few_rows:
+                raise
+            logger.warning("A run would stop here: %s", error)
+            data = replace(found, eval_fraction=0.0).load()
+    except OSError as error:
         raise type(error)(f"dataset: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"dataset: {error}") from error
     assert data.report is not None
     for line in data.report.notes():
         logger.log(level, "%s: %s", data.name, line)

@@ -202,7 +202,10 @@ def with_names(arguments: Sequence[str]) -> list[str]:
     given = {str(each.key_or_group): each.get_value_element_as_str() for each in parsed if not each.is_sweep_override()}
     earlier = SweepLog(Path(given["hydra.sweep.dir"])).read().get("swept", []) if "hydra.sweep.dir" in given else []
     fixed = [key for key in given if not key.startswith("hydra.") and key not in earlier]
-    return list(arguments) if _EXCLUDED in given or not fixed else [*arguments, f"{_EXCLUDED}=[{','.join(fixed)}]"]
+    if _EXCLUDED in given or not fixed:
+        return list(arguments)
+    last = max(place for place, each in enumerate(arguments) if each in overrides)  # beside the others, not after -m
+    return [*arguments[: last + 1], f"{_EXCLUDED}=[{','.join(fixed)}]", *arguments[last + 1 :]]
 
 
 def expected_trials(overrides: Sequence[str], excluded: Sequence[str]) -> dict[str, list[str]]:

@@ -20,6 +20,10 @@ _NOTES = ("source", "id", "timestamp", "origin")  # texts, kept where a row has 
 Text = str | list[dict[str, str]]
 
 
+class NothingToHoldOutError(ValueError):
+    """No part of the rows can be held out that leaves both classes to train on."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One checked row of feedback.
@@ -175,7 +179,7 @@ def split_rows(rows: Sequence[Row], *, eval_fraction: float, seed: int, name: st
         Rows to train on, rows to evaluate on, and what they do not share: "prompt" or "completion".
 
     Raises:
-        ValueError: A share is asked for but no row can be held out.
+        NothingToHoldOutError: A share is asked for but no row can be held out.
     """
     labels = [row.label for row in rows]
     keys = [text_key(row.prompt) for row in rows]
@@ -186,7 +190,7 @@ def split_rows(rows: Sequence[Row], *, eval_fraction: float, seed: int, name: st
         keys = [text_key(row.completion) for row in rows]
     train, held_out = group_split(keys, labels, eval_fraction=eval_fraction, seed=seed)
     if eval_fraction and not held_out:
-        raise ValueError(
+        raise NothingToHoldOutError(
             f"{name}: eval_fraction={eval_fraction} holds out none of {len(rows)} rows, since training needs both "
             "classes; add rows, give an eval_path, or set eval_fraction=0"
         )

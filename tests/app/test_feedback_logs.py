@@ -319,3 +319,16 @@ def test_inspect_can_leave_matching_out_and_explains_itself(bco_lab: Any, enviro
     assert "usage: bco-lab inspect" in shown.out
     wrong = bco_lab("inspect", "dataset=unpaired", "dataset.path=none.csv")
     assert (wrong.status, "dataset: none.csv: no such file" in wrong.error) == (2, True)
+    several = bco_lab("inspect", "-m", "seed=1,2")
+    assert (several.status, several.error) == (2, "bco-lab: error: inspect looks at one data set: leave out -m")
+
+
+def test_inspect_looks_at_rows_that_are_too_few_to_train_on(bco_lab: Any, environment: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i} for i in range(2)]
+    log = write_log(environment / "log.jsonl", rows)
+    settings = ["model=tiny_llama", "dataset=unpaired", f"dataset.path={log}", "hydra.run.dir=seen"]
+    ended = bco_lab("inspect", *settings)
+    assert ended.status == 0, ended.err
+    assert "A run would stop here: " in ended.err
+    assert "holds out none of 2 rows" in ended.err
+    assert json.loads((environment / "seen" / "inspect.json").read_text())["counts"]["rows"] == 2

@@ -60,6 +60,7 @@ def test_names_are_foretold() -> None:
     overrides = ["seed=1,2", "trainer.beta=0.5,1.0", "model/adapter=lora", "udm=on"]
     arguments = with_names(["-m", *overrides])
     assert arguments[-1] == "hydra.job.config.override_dirname.exclude_keys=[model/adapter,udm]"
+    assert with_names([*overrides, "-m"])[-2:] == [arguments[-1], "-m"]
     found = expected_trials(overrides, ["model/adapter", "udm"])
     assert list(found) == [
         "seed=1,trainer.beta=0.5",
