@@ -141,9 +141,9 @@ class PolicySource:
         """Model, tokenizer and adapter configuration, ready for BCOTrainer."""
         tokenizer = self.load_tokenizer()
         model = self._random_model(tokenizer) if self.name_or_path is None else self._pretrained_model()
-        return Policy(model, tokenizer, self._adapter_of(model))
+        return Policy(model, tokenizer, self.adapter_for(model))
 
-    def _adapter_of(self, model: PreTrainedModel) -> Any | None:
+    def adapter_for(self, model: PreTrainedModel) -> Any | None:
         """The adapter's configuration; one written for decoders is told if it sits on an encoder-decoder."""
         if self.peft is None or not model.config.is_encoder_decoder or self.peft.task_type != "CAUSAL_LM":
             return self.peft

@@ -19,6 +19,7 @@ from bco_lab.app.artifacts import SharingTrainer, tokenized_rows
 from bco_lab.app.checks import build
 from bco_lab.app.judge import Judge, fit_judge
 from bco_lab.app.samples import GenerationSettings, SampleComparison, compare_samples
+from bco_lab.app.shared_model import forget, load_policy, release
 from bco_lab.app.tracking import MetricsFile, RunProgress, WandbMetrics, WandbRun, drop_steps_after
 from bco_lab.cache import ArtifactCache
 from bco_lab.checkpoints import last_whole_checkpoint, step_of
@@ -59,6 +60,7 @@ def run(run_dir: Path) -> None:
     try:
         _run(run_dir, cfg, arguments, started)
     except BaseException:
+        forget()
         logger.debug("the run stopped", exc_info=True)  # the traceback is for run.log, the console gets one line
         raise
 
@@ -74,8 +76,7 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
         tokenizer = source.load_tokenizer()
         encoder_decoder = bool(getattr(source.load_config(), "is_encoder_decoder", False))
     rows = tokenized(data, tokenizer, arguments, encoder_decoder, cache)
-    logger.info("Loading the model")
-    policy = source.load()
+    policy = load_policy(source, arguments)
     if source.name_or_path is None:
         keep_base(run_dir, policy)
     with Tracked(run_dir, cfg) as tracked:
@@ -98,6 +99,7 @@ def _run(run_dir: Path, cfg: DictConfig, arguments: BCOConfig, started: float) -
             result["artifacts"] = [use.to_dict() for use in cache.uses]
             finish(run_dir, tracked.wandb, result, matching, started)
         trainer.accelerator.wait_for_everyone()
+    release(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def keep_base(run_dir: Path, policy: Policy) -> None:
