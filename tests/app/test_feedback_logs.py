@@ -16,13 +16,14 @@ from bco_lab.app.checks import build, check
 from bco_lab.app.main import conf_folder
 from bco_lab.data.sources import FeedbackData
 
+WANDB = ["wandb.tags=[]", "wandb.name=test", "wandb.group=test"]  # what Hydra knows only when it runs
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 
 
 def composed(*overrides: str) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return compose("config", overrides=["model=tiny_llama", "name=test", "wandb.tags=[]", *overrides])
+        return compose("config", overrides=["model=tiny_llama", "name=test", *WANDB, *overrides])
 
 
 def load(*overrides: str) -> FeedbackData:
