@@ -110,7 +110,7 @@ def test_resume_of_a_folder_without_a_run_says_so(bco_lab: Any, environment: Pat
     assert ended.status == 2
     assert "holds no run: config.yaml is missing" in ended.error
     assert bco_lab("resume").status == 2
-    assert "usage: bco-lab resume RUN_DIR" in bco_lab("resume", "--help").out
+    assert "usage: bco-lab resume DIR" in bco_lab("resume", "--help").out
 
 
 def test_marker_is_written_last(bco_lab: Any, environment: Path, feedback_log: Path) -> None:
