@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/
 export TOKENIZERS_PARALLELISM ?= false
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-control test bench-memory udm-study check format clean
+.PHONY: help install demo demo-control sweep test bench-memory udm-study check format clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ demo: $(INSTALLED) ## Align a small model on film reviews and print what changed
 
 demo-control: $(INSTALLED) ## The same with shuffled labels: nothing should change
 	$(BIN)/bco-lab experiment=demo_control
+
+MODEL ?= tiny_llama
+sweep: $(INSTALLED) ## Sweep over beta and clamp on the demo's data; MODEL=smollm2 for a real model
+	$(BIN)/bco-lab -m model=$(MODEL) udm=on trainer.beta=0.05,0.1,0.3 udm.max_density_ratio=2,10
 
 test: $(INSTALLED) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

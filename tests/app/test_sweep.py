@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from runs import TINY, write_log
 
 from bco_lab.app.sweep import SweepLog, expected_trials, with_names
@@ -54,6 +55,17 @@ def test_every_trial_is_listed_and_named_by_what_differs(bco_lab: Any, environme
     assert all(name.startswith("model-adapter=") and "max_steps" not in name for name in found)
     objective = {json.loads((environment / "sweep" / name / "result.json").read_text())["objective"] for name in found}
     assert {trial["objective"] for trial in found.values()} == objective
+
+
+def test_a_sweep_has_a_folder_of_its_own(bco_lab: Any, environment: Path, log: Path) -> None:
+    settings = [each for each in SWEEP if not each.startswith("hydra.sweep.dir")]
+    ended = bco_lab("-m", *settings, "trainer.beta=0.1,0.2", "trainer.max_steps=1", "wandb.mode=offline")
+    assert ended.status == 0, ended.err
+    (folder,) = (environment / "outputs" / "sweeps").iterdir()
+    assert folder.name.startswith("tiny_llama-unpaired-20")
+    assert len(list(folder.glob("trainer.beta=*/result.json"))) == 2
+    cfg = yaml.safe_load((folder / "trainer.beta=0.2" / "config.yaml").read_text())
+    assert (cfg["wandb"]["group"], cfg["wandb"]["name"]) == (folder.name, "trainer.beta=0.2")
 
 
 def test_names_are_foretold() -> None:
