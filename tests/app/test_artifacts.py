@@ -163,3 +163,21 @@ def test_two_processes_and_one_share_their_artifacts(bco_lab: Any, environment: 
     assert uses[1] == [(kind, True) for kind in kinds]
     first, second = (metrics_of(environment / name) for name in ("two", "again"))
     assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+def test_of_two_runs_at_the_same_time_one_computes(start: Any, environment: Path) -> None:
+    rows = [{"prompt": f"At once {i}?", "completion": f"a{i} b", "label": i % 2 == 0} for i in range(40)]
+    log = write_log(environment / "log.jsonl", rows)
+    settings = [*TINY, "dataset=unpaired", f"dataset.path={log.name}", "generation.count=0", "wandb.mode=disabled"]
+    names = ("one", "two")
+    processes = [start([*settings, f"trainer.beta=0.{i + 1}", f"hydra.run.dir={name}"]) for i, name in enumerate(names)]
+    for process in processes:
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, out
+    uses = [
+        (use["digest"], use["reused"])
+        for name in names
+        for use in json.loads((environment / name / "result.json").read_text())["artifacts"]
+    ]
+    assert len({digest for digest, _ in uses}) == 4  # tokens and reference log-probs, of both splits
+    assert sorted(reused for _, reused in uses) == [False] * 4 + [True] * 4
