@@ -70,10 +70,20 @@ def _compose_and_run(task: Callable[[DictConfig], float | None]) -> int:
     status = guarded(application, show_everything=show_everything) or max(_statuses, default=0)
     if not multirun:
         return status
+    if sweep.last_sweep() is not None and len(_statuses) != _statuses.count(EXIT_INTERRUPTED):
+        guarded(_report_last_sweep)
     failures = sweep.failures_of_last_sweep()
     for name, error in failures.items():
         print(f"bco-lab: failed: {name}: {error}", file=sys.stderr)
     return status or (EXIT_FAILED if failures else 0)
+
+
+def _report_last_sweep() -> None:
+    from bco_lab.app.report_command import report_sweep
+
+    folder = sweep.last_sweep()
+    assert folder is not None
+    report_sweep(folder)
 
 
 def train_task(cfg: DictConfig) -> float | None:
@@ -177,7 +187,14 @@ def cache(arguments: list[str]) -> None:
     cache_command(arguments)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"resume": resume, "cache": cache}
+def report(arguments: list[str]) -> None:
+    """`bco-lab report DIR`."""
+    from bco_lab.app.report_command import report_command
+
+    report_command(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"resume": resume, "cache": cache, "report": report}
 
 
 if __name__ == "__main__":

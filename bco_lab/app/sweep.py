@@ -124,6 +124,11 @@ def _since(started: float) -> float:
 _ended: list[Path] = []  # sweeps that this process has run
 
 
+def last_sweep() -> Path | None:
+    """The folder of the sweep that ended last in this process; None if there was none."""
+    return _ended[-1] if _ended else None
+
+
 def failures_of_last_sweep() -> dict[str, str]:
     """Name to error of the trials that failed in the sweep that ended last in this process."""
     return SweepLog(_ended[-1]).failures() if _ended else {}
