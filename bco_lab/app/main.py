@@ -26,7 +26,8 @@ _statuses: list[int] = []  # of the trials that ran in this process
 
 # Here, not in main(): processes that a launcher starts import this module and resolve names themselves.
 OmegaConf.register_new_resolver("trial_name", run_directory.trial_name, replace=True)
-OmegaConf.register_new_resolver("sweep_or_run", run_directory.sweep_or_run, replace=True)
+OmegaConf.register_new_resolver("name_of_sweep", run_directory.name_of_sweep, replace=True)
+OmegaConf.register_new_resolver("name_of_trial", run_directory.name_of_trial, replace=True)
 
 
 def conf_folder() -> Path:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from bco_lab import __version__
@@ -115,9 +117,18 @@ def trial_name(overrides: str, longest: int = 120) -> str:
     return f"{kept}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
 
 
-def sweep_or_run(mode: Any, of_sweep: str, of_run: str) -> str:
-    """The name of a sweep's folder within a sweep, the other name outside one."""
-    return Path(of_sweep).name if str(mode).endswith("MULTIRUN") else of_run
+def name_of_sweep(otherwise: str) -> str:
+    """The name of the folder of the sweep that Hydra runs; outside of one the other name."""
+    return Path(HydraConfig.get().sweep.dir).name if _in_sweep() else otherwise
+
+
+def name_of_trial(otherwise: str) -> str:
+    """The name of the folder of the trial that Hydra runs; outside of a sweep the other name."""
+    return Path(HydraConfig.get().runtime.output_dir).name if _in_sweep() else otherwise
+
+
+def _in_sweep() -> bool:
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def data_fingerprint(datasets: dict[str, Any]) -> str:

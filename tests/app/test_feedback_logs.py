@@ -16,7 +16,7 @@ from bco_lab.app.checks import build, check
 from bco_lab.app.main import conf_folder
 from bco_lab.data.sources import FeedbackData
 
-WANDB = ["wandb.tags=[]", "wandb.name=test", "wandb.group=test"]  # what Hydra knows only when it runs
+WANDB = ["wandb.tags=[]"]  # what Hydra knows only when it runs
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 
 
