@@ -26,6 +26,8 @@ def explain_composition_error(error: BaseException, folder: Path, arguments: Seq
     if isinstance(error, MissingMandatoryValue):
         missing = re.search(r"full_key: (\S+)", str(error))
         return f"{missing.group(1) if missing else text} must be given"
+    if isinstance(error, OverrideParseException) and "=" not in error.override:
+        return f"{error.override}: settings are key=value, such as dataset.path={error.override}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {text} (quote a value with special characters: 'key=\"a=b\"')"
     found = _NO_SUCH_KEY.search(text)

@@ -389,7 +389,10 @@ def _moment(value: Any) -> str | None:
     """A moment as ISO 8601 in UTC: from seconds or nanoseconds since 1970, or from a text (as it is if no date)."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = value / 1e9 if value > 1e14 else value / 1e3 if value > 1e11 else value
-        return datetime.fromtimestamp(seconds, UTC).isoformat()
+        try:
+            return datetime.fromtimestamp(seconds, UTC).isoformat()
+        except (ValueError, OverflowError, OSError):  # no moment that a calendar knows
+            return str(value)
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
     except (TypeError, ValueError):

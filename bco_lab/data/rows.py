@@ -234,9 +234,10 @@ def _only_role_and_content(text: Any) -> Text:
 def _check_number(value: Any, ours: str, column: str) -> float:
     largest = 1.0 if ours == "p_desirable" else math.inf
     try:
-        number = float(value) if isinstance(value, str) else value  # CSV has nothing but text
-    except ValueError:
-        number = value
+        # CSV has nothing but text
+        number = float(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+    except (ValueError, OverflowError):
+        number = None
     if (
         isinstance(number, bool)
         or not isinstance(number, int | float)

@@ -12,6 +12,9 @@ from bco_lab.data.sources import FeedbackSource, LeftOut
 NOTES = ("source", "id", "timestamp")
 
 
+_PROMPT = "prompt"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unpaired(FeedbackSource):
     """Single thumbs: a prompt, a completion and a label in each record.
@@ -61,11 +64,15 @@ class Paired(FeedbackSource):
         rejected: Column of the worse one.
     """
 
-    prompt: str | None = "prompt"
+    prompt: str | None = _PROMPT
     chosen: str = "chosen"
     rejected: str = "rejected"
 
     rows_per_record: ClassVar[int | None] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self, ("chosen", "rejected"), ("prompt",))
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -75,8 +82,8 @@ class Paired(FeedbackSource):
     def feedback(self, record: Mapping[str, Any]) -> Iterable[Feedback]:
         """The desirable row, then the undesirable one."""
         names = dict(self.names)
-        if "prompt" in names and not _has(record, names["prompt"]):
-            del names["prompt"]  # the default name; a log may well have no such column
+        if self.prompt == _PROMPT and not _has(record, _PROMPT):
+            del names["prompt"]  # nobody asked for it, and a log may well have no such column
         pair = look_up(record, names)
         try:
             prompt, chosen, rejected = split_pair(pair)
@@ -115,8 +122,10 @@ class Rated(FeedbackSource):
         super().__post_init__()
         for key in ("threshold", "drop_from"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float | None) or value != value:
+            wanted = (int, float) if key == "threshold" else (int, float, type(None))
+            if isinstance(value, bool) or not isinstance(value, wanted) or value != value:
                 raise ValueError(f"{key}={value} must be a number")
+        check_names(self, ("prompt", "completion", "score"), ("completions", "source"))
         if self.drop_from is not None and self.drop_from >= self.threshold:
             raise ValueError(f"drop_from={self.drop_from} must be below threshold={self.threshold}, or null")
 
@@ -153,7 +162,7 @@ class Rated(FeedbackSource):
             return None
         try:
             number = float("x" if isinstance(score, bool) else score)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise RecordError(self.names["label"], f"score {score!r:.60} must be a number") from None
         return None if number != number else number
 
@@ -216,6 +225,27 @@ def check_label_map(label_map: Mapping[Any, bool] | None) -> None:
     """
     if label_map is not None and not isinstance(label_map, Mapping):
         raise ValueError(f"label_map={label_map} must be a map, such as {{up: true, down: false}}")
+    meant: dict[str, bool] = {}
     for key, value in (label_map or {}).items():
         if not isinstance(value, bool):
             raise ValueError(f"label_map.{key}={value} must be true or false")
+        if meant.setdefault(str(key), value) != value:
+            raise ValueError(f"label_map has {key} twice, with both labels")
+
+
+def check_names(source: FeedbackSource, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Refuse settings that must name something and do not.
+
+    Args:
+        source: Whose settings.
+        required: Those that must be a name.
+        optional: Those that may be None instead.
+
+    Raises:
+        ValueError: Names setting and value.
+    """
+    for keys, or_null in ((required, ""), (optional, " or null")):
+        for key in keys:
+            value = getattr(source, key)
+            if not (isinstance(value, str) and value) and not (or_null and value is None):
+                raise ValueError(f"{key}={value} must be a name{or_null}")

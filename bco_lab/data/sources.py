@@ -129,7 +129,7 @@ class FeedbackSource(ABC):
         if self.path is None and self.hub is None:
             raise ValueError("path=null must be a file, a pattern or a list of them, unless hub names a data set")
         for key in ("path", "eval_path"):
-            _check_path(key, getattr(self, key))
+            check_path(key, getattr(self, key))
         if not _is_number(self.eval_fraction, int | float) or not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction} must be in [0, 1)")
         if self.max_rows is not None and not (_is_number(self.max_rows, int) and self.max_rows >= 2):
@@ -298,7 +298,12 @@ class FeedbackSource(ABC):
         return [rows[i] for i in stratified_sample([row.label for row in rows], self.max_rows, seed=self.seed)]
 
 
-def _check_path(key: str, value: Any) -> None:
+def check_path(key: str, value: Any) -> None:
+    """Refuse what is neither None nor the names of files.
+
+    Raises:
+        ValueError: Names setting and value.
+    """
     each = [value] if isinstance(value, str) or value is None else value
     if not isinstance(each, Sequence) or not each or not all(one is None or isinstance(one, str) for one in each):
         raise ValueError(f"{key}={value} must be the name of a file, a pattern, or a list of them")

@@ -1,5 +1,6 @@
 """Records out of files and hub data sets, each with its place for errors."""
 
+import csv
 import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pandas as pd
 from datasets import load_dataset, load_from_disk
 
 from bco_lab.data.feedback import RecordError
@@ -17,7 +17,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _JSON = (".json", ".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KINDS = (*_JSON, *_SEPARATORS, ".parquet", ".arrow")
-_CSV_ROWS = 10_000  # parsed at a time
+_LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is too low for an answer with a file in it
 _GLOB = frozenset("*?[")
 
 
@@ -50,12 +50,15 @@ def find_files(path: str | Sequence[str]) -> list[str]:
         FileNotFoundError: One of them matches nothing.
         ValueError: A folder that is not a saved data set, a file of unknown kind, or no text at all.
     """
-    patterns = [path] if isinstance(path, str) else list(path)
+    patterns = [path] if isinstance(path, str) else list(path) if isinstance(path, Sequence) else []
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise ValueError(f"path={path} must be the name of a file, a pattern, or a list of them")
     files: dict[str, None] = {}
     for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
+        try:
+            expanded = str(Path(pattern).expanduser())
+        except RuntimeError as error:  # ~ of somebody who is not known here
+            raise FileNotFoundError(f"{pattern}: {error}") from error
         literal = Path(expanded).exists() or not _GLOB & set(pattern)
         found = [expanded] if literal else sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
         if not found:
@@ -122,40 +125,63 @@ def _kind(file: str) -> str:
 
 
 def _read_file(file: str) -> Iterator[tuple[int, Place, Record]]:
-    if _kind(file) in _JSON and not Path(file).is_dir():
+    folder = Path(file).is_dir()
+    if _kind(file) in _JSON and not folder:
         yield from _read_json(file)
         return
     try:
-        for index, record in enumerate(load_from_disk(file) if Path(file).is_dir() else _read_table(file)):
+        if _kind(file) in _SEPARATORS and not folder:
+            yield from _read_csv(file)
+            return
+        for index, record in enumerate(load_from_disk(file) if folder else _read_table(file)):
             yield index, Place(file, index + 1), record
-    # pandas and pyarrow have errors of their own for every way a file can be damaged.
+    # csv, datasets and pyarrow have errors of their own for every way a file can be damaged.
     except Exception as error:
         reason = str(error.__cause__ or error).split("\n", 1)[0]
         raise ValueError(f"{file}: cannot be read as {_kind(file).lstrip('.') or 'a data set'}: {reason}") from error
 
 
 def _read_table(file: str) -> Iterator[dict[str, Any]]:
-    kind = _kind(file)
-    if kind in _SEPARATORS:
-        return _read_csv(file, _SEPARATORS[kind])
-    builder = kind.removeprefix(".")
     # Streamed: a log is read once, a copy of it in the cache would only cost space.
+    builder = _kind(file).removeprefix(".")
     return iter(load_dataset(builder, data_files=[glob.escape(file)], split="train", streaming=True))
 
 
-def _read_csv(file: str, separator: str) -> Iterator[dict[str, Any]]:
-    # Everything as text: a completion of digits stays one, and the words None and NA are words. Only an empty cell is
-    # null. datasets' own reader would guess types.
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
-    header = pd.read_csv(file, sep=separator, header=None, nrows=1, **options)
-    names = [str(name) for name in header.iloc[0] if name == name] if len(header) else []
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"the column {repeated[0]!r} is there twice")
-    with pd.read_csv(file, sep=separator, chunksize=_CSV_ROWS, **options) as chunks:
-        for chunk in chunks:
-            for record in chunk.astype(object).where(chunk.notna(), None).to_dict("records"):
-                yield {str(column): _messages_or_text(value) for column, value in record.items()}
+def _read_csv(file: str) -> Iterator[tuple[int, Place, Record]]:
+    """Everything as text: a completion of digits stays one, and the words None and NA are words.
+
+    Only an empty cell is null. Readers that guess types would make null or a number of them.
+    """
+    csv.field_size_limit(_LONGEST_CELL)
+    with Path(file).open(encoding="utf-8-sig", newline="") as stream:
+        lines = csv.reader(stream, delimiter=_SEPARATORS[_kind(file)], strict=True)
+        header = next(lines, [])
+        repeated = [name for name in header if header.count(name) > 1]
+        if repeated:
+            raise ValueError(f"the column {repeated[0]!r} is there twice")
+        for index, row in enumerate(_cells(lines)):
+            place = Place(file, index + 1)
+            if len(row) != len(header):
+                yield index, place, RecordError(None, f"has {len(row)} cells, the header has {len(header)}")
+                continue
+            yield (
+                index,
+                place,
+                {name: _messages_or_text(cell) if cell else None for name, cell in zip(header, row, strict=True)},
+            )
+
+
+def _cells(lines: Any) -> Iterator[list[str]]:
+    """Rows of a csv reader that are not blank; what is wrong with the file comes with its line."""
+    while True:
+        try:
+            row = next(lines, None)
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num}: {error}") from error
+        if row is None:
+            return
+        if row:
+            yield row
 
 
 def _messages_or_text(cell: Any) -> Any:

@@ -1,6 +1,7 @@
 """Exports of Open WebUI, Langfuse and LangSmith as feedback logs; what their records mean stands in exports.py."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +16,22 @@ from bco_lab.data.exports import (
     open_webui_feedback,
 )
 from bco_lab.data.feedback import Feedback, RecordError
-from bco_lab.data.shapes import check_label_map, look_up
-from bco_lab.data.sources import FeedbackSource, LeftOut
+from bco_lab.data.shapes import check_label_map, check_names, look_up
+from bco_lab.data.sources import FeedbackSource, LeftOut, check_path
 from bco_lab.data.tables import find_files, read_files
 
 Files = str | Sequence[str]
+
+# What Python says where an export is not shaped as its tool shapes it: a text in place of an object and the like.
+_MISSHAPEN = (TypeError, AttributeError, KeyError, IndexError, RecursionError)
+
+
+@contextmanager
+def _shaped(tool: str) -> Iterator[None]:
+    try:
+        yield
+    except _MISSHAPEN as error:
+        raise RecordError(None, f"the record is not shaped as {tool} exports it ({error})") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +45,8 @@ class OpenWebUI(FeedbackSource):
 
     def feedback(self, record: Mapping[str, Any]) -> Iterable[Feedback]:
         """One thumb."""
-        return [open_webui_feedback(record)]
+        with _shaped("Open WebUI"):
+            return [open_webui_feedback(record)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +74,9 @@ class Langfuse(FeedbackSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_label_map(self.label_map)
+        check_names(self, ("score_name",), ("prompt", "completion"))
+        for key in ("traces", "observations"):
+            check_path(key, getattr(self, key))
         if self.traces is None and self.observations is None:
             raise ValueError("traces=null must be the file of the traces, unless observations names theirs")
 
@@ -91,7 +107,8 @@ class Langfuse(FeedbackSource):
         if scored is None:
             asked = f"observation {observation} or trace {trace}" if observation else f"trace {trace}"
             raise RecordError("traceId", f"{asked} is not among the traces and observations given")
-        return [langfuse_feedback(record, scored, prompt=self.prompt, completion=self.completion)]
+        with _shaped("Langfuse"):
+            return [langfuse_feedback(record, scored, prompt=self.prompt, completion=self.completion)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +132,8 @@ class LangSmith(FeedbackSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_label_map(self.label_map)
+        check_names(self, ("key",), ("prompt", "completion"))
+        check_path("runs", self.runs)
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -138,7 +157,8 @@ class LangSmith(FeedbackSource):
         run = langsmith_run_id(record)
         if run not in self._runs:
             raise RecordError("run_id", f"run {run} is not among the runs given")
-        return [langsmith_feedback(record, self._runs[run], prompt=self.prompt, completion=self.completion)]
+        with _shaped("LangSmith"):
+            return [langsmith_feedback(record, self._runs[run], prompt=self.prompt, completion=self.completion)]
 
 
 def _by_id(files: Files | None) -> dict[str, Mapping[str, Any]]:

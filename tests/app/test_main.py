@@ -100,6 +100,7 @@ KEY_ERRORS = [
     (["trainer.min_density_ratio=20"], "trainer.min_density_ratio=20 must be in (0, max_density_ratio=10.0]"),
     (["wandb.mode=sometimes"], "wandb.mode=sometimes must be one of offline, online, disabled"),
     (["launcher=ddp", "launcher.num_processes=0"], "launcher.num_processes=0 must be >= 1"),
+    (["log.jsonl"], "log.jsonl: settings are key=value, such as dataset.path=log.jsonl"),
     (["objective=loss"], "objective=loss must be a held-out metric"),
     (["optimizer=muon", "model/adapter=none"], "optimizer=muon updates matrices only"),
     (["optimizer=adamw_8bit"], "pip install 'bco-lab[bitsandbytes]'"),

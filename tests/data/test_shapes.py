@@ -56,6 +56,7 @@ def test_a_path_into_null_is_null_and_one_into_nothing_an_error() -> None:
         ({"columns": {"label": 3}}, r"columns\.label=3 must be the name of a column"),
         ({"columns": "label"}, r"columns=label must be a map, such as \{prompt: question\}"),
         ({"label_map": {"up": "yes"}}, r"label_map\.up=yes must be true or false"),
+        ({"label_map": {1: True, "1": False}}, "label_map has 1 twice, with both labels"),
     ],
 )
 def test_wrong_maps_are_named_before_anything_is_read(arguments, message) -> None:
@@ -174,5 +175,17 @@ def test_wrong_scores_and_bounds_are_errors(tmp_path) -> None:
         Rated(path=log, threshold=4, completions="score").load()
     with pytest.raises(ValueError, match=r"^drop_from=4 must be below threshold=4, or null$"):
         Rated(path=log, threshold=4, drop_from=4)
-    with pytest.raises(ValueError, match=r"^threshold=high must be a number$"):
-        Rated(path=log, threshold="high")
+    for threshold in ("high", None, True, float("nan")):
+        with pytest.raises(ValueError, match=rf"^threshold={threshold} must be a number$"):
+            Rated(path=log, threshold=threshold)
+    with pytest.raises(ValueError, match=r"^score=5 must be a name$"):
+        Rated(path=log, threshold=4, score=5)
+
+
+def test_a_prompt_column_that_was_asked_for_must_be_there(tmp_path) -> None:
+    log = write(tmp_path / "log.jsonl", [{"question": "q", "chosen": " a", "rejected": " b"}])
+    assert rows(Paired(path=log, eval_fraction=0), "prompt") == [("",), ("",)]
+    with pytest.raises(ValueError, match=r"line 1: no column 'promt'; the row has: question, chosen, rejected$"):
+        Paired(path=log, prompt="promt").load()
+    with pytest.raises(ValueError, match=r"^chosen=None must be a name$"):
+        Paired(path=log, chosen=None)

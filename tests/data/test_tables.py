@@ -45,6 +45,13 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path) -> None:
         assert records(path) == RECORDS, path
 
 
+def test_rows_of_another_width_are_errors_of_their_own(tmp_path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n1,2,3\n\n1\n4,5\n")
+    found = records(tmp_path / "a.csv")
+    assert [found[0], found[3]] == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
+    assert [str(each) for each in found[1:3]] == ["has 3 cells, the header has 2", "has 1 cells, the header has 2"]
+
+
 def test_messages_in_a_cell_of_csv_are_messages(tmp_path) -> None:
     messages = [{"role": "user", "content": "q"}]
     pd.DataFrame([{"prompt": json.dumps(messages), "n": 3}]).to_csv(tmp_path / "a.csv", index=False)
@@ -79,8 +86,10 @@ def test_a_line_that_is_no_record_comes_as_its_error(tmp_path) -> None:
 def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.parquet").write_text("PAR0")
-    (tmp_path / "bad.csv").write_text('a,b\n1,2,3\n"')
+    (tmp_path / "bad.csv").write_text('a,b\n1,"2')
     (tmp_path / "notes.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"^bad.csv: cannot be read as csv: line 2: unexpected end of data$"):
+        read("bad.csv")
     (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
     with pytest.raises(ValueError, match=r"^twice.csv: cannot be read as csv: the column 'a' is there twice$"):
         read("twice.csv")
@@ -96,6 +105,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch) -> None:
             "notes.txt: files end in .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow; JSON ",
         ),
         (str(tmp_path), ValueError, r".* is a folder; name files, such as .*/\*.parquet"),
+        ("~nobody-here/a.csv", FileNotFoundError, "~nobody-here/a.csv: "),
+        (5, ValueError, "path=5 must be the name of a file"),
         ([], ValueError, r"path=\[\] must be the name of a file, a pattern, or a list of them"),
         (["bad.csv", 3], ValueError, "path=.* must be the name of a file"),
     ):

@@ -121,6 +121,10 @@ def test_langfuse_says_what_it_cannot_join_or_read(tmp_path) -> None:
         Langfuse(**wanted, traces=sample("langfuse_traces.jsonl"), chat=True).load()
     with pytest.raises(ValueError, match=r"^traces=null must be the file of the traces"):
         Langfuse(**wanted)
+    with pytest.raises(ValueError, match=r"^traces=5 must be the name of a file"):
+        Langfuse(**wanted, traces=5)
+    with pytest.raises(ValueError, match=r"^prompt=5 must be a name or null$"):
+        Langfuse(**wanted, traces="t.json", prompt=5)
     (tmp_path / "nameless.jsonl").write_text('{"input": "q"}')
     with pytest.raises(ValueError, match=r"nameless.jsonl, line 1: no column 'id'; the row has: input$"):
         Langfuse(**wanted, traces=str(tmp_path / "nameless.jsonl")).load()
@@ -226,6 +230,33 @@ def test_other_shapes_are_named(given, returned, column, rule) -> None:
         conversation(given, returned, names=("input", "output"))
     assert caught.value.column == column
     assert caught.value.rule.startswith(rule)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {"generations": {"text": "a"}},
+        [{"lc": 1, "id": 3, "kwargs": {"content": "a"}}],
+        [{"lc": 1, "id": ["AIMessage"], "kwargs": "a"}],
+        [{"type": "ai", "data": "a"}],
+        "[" * 100_000,
+    ],
+)
+def test_a_record_of_another_shape_is_rejected_not_a_crash(tmp_path, returned) -> None:
+    scores = [{"id": f"s{i}", "traceId": f"t{i}", "name": "n", "value": i % 2} for i in range(3)]
+    traces = [{"id": f"t{i}", "input": "q", "output": f"a{i}"} for i in range(2)]
+    traces.append({"id": "t2", "input": "q", "output": returned})
+    for name, found in (("scores", scores), ("traces", traces)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    source = Langfuse(
+        path=str(tmp_path / "scores.json"),
+        traces=str(tmp_path / "traces.json"),
+        score_name="n",
+        on_error="skip",
+        chat=True,
+        eval_fraction=0,
+    )
+    assert source.load().report.rows + len(source.load().rejected) == 3
 
 
 # --- plain tables
