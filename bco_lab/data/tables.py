@@ -177,7 +177,7 @@ def _cells(lines: Any) -> Iterator[list[str]]:
         try:
             row = next(lines, None)
         except csv.Error as error:
-            raise ValueError(f"line {lines.line_num}: {error}") from error
+            raise ValueError(f"line {lines.line_num}: {error}") from None
         if row is None:
             return
         if row:
