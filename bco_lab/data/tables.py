@@ -3,6 +3,8 @@
 import csv
 import glob
 import json
+import lzma
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +129,10 @@ def _kind(file: str) -> str:
 def _read_file(file: str) -> Iterator[tuple[int, Place, Record]]:
     folder = Path(file).is_dir()
     if _kind(file) in _JSON and not folder:
-        yield from _read_json(file)
+        try:
+            yield from _read_json(file)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from error
         return
     try:
         if _kind(file) in _SEPARATORS and not folder:

@@ -90,6 +90,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch) -> None:
     (tmp_path / "notes.txt").write_text("a")
     with pytest.raises(ValueError, match=r"^bad.csv: cannot be read as csv: line 2: unexpected end of data$"):
         read("bad.csv")
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"no")
+    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(b"{}" * 99)[:-9])
+    for path in ("bad.jsonl.gz", "cut.jsonl.xz"):
+        with pytest.raises(ValueError, match=rf"^{path}: cannot be read: "):
+            read(path)
     (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
     with pytest.raises(ValueError, match=r"^twice.csv: cannot be read as csv: the column 'a' is there twice$"):
         read("twice.csv")
