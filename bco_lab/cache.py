@@ -264,8 +264,13 @@ def _load(path: Path) -> tuple[dict[str, str], Arrays]:
 
 def _problem(header: Mapping[str, str], arrays: Arrays) -> str | None:
     """Why a file must not be used; None if it may."""
-    whole = set(header) == set(_HEADER) and header["checksum"] == _checksum(arrays, header["facts"])
-    return None if whole else "its checksum is wrong"
+    if set(header) != set(_HEADER) or header["checksum"] != _checksum(arrays, header["facts"]):
+        return "its checksum is wrong"
+    try:
+        facts = json.loads(header["facts"])
+    except ValueError:
+        facts = None
+    return None if isinstance(facts, dict) else "its facts are no JSON object"
 
 
 def _checksum(arrays: Arrays, facts: str) -> str:

@@ -22,6 +22,7 @@ from bco_lab.udm import PromptMatching, UdmReport, match_prompts, prompt_texts
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS_VERSION, FIT_VERSION = 1, 1  # raise one where the code behind it changes its numbers
+_WEIGHED = {"desirable": "undesirable rows", "undesirable": "desirable rows", "mixture": "rows"}
 P_BINS, WEIGHT_BINS_PER_DECADE = 20, 8
 
 
@@ -82,6 +83,7 @@ class MatchingReport:
             **self.udm.to_dict(),
             "settings": self.settings,
             "scale": self.scale,
+            "mean_after_scaling": self.udm.weights.mean / self.scale,
             "prompts": self.prompts,
             "truncated_prompts": self.truncated,
             "dim": self.dim,
@@ -145,8 +147,12 @@ class DistributionMatching:
         _check_bounds(self.min_density_ratio, self.max_density_ratio)
         if not callable(self.embedder):
             raise ValueError(f"embedder={self.embedder} must be callable: texts to embeddings, [prompts, dim]")
-        if isinstance(self.prompt_sample_size, bool) or self.prompt_sample_size < 2:
-            raise ValueError(f"prompt_sample_size={self.prompt_sample_size} must be >= 2")
+        for key, least in (("prompt_sample_size", 2), ("seed", 0)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{key}={value} must be a whole number >= {least}")
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize={self.normalize} must be true or false")
         if self.target not in TARGETS:
             raise ValueError(f"target={self.target} must be one of {', '.join(TARGETS)}")
 
@@ -200,7 +206,12 @@ class DistributionMatching:
 
     def _call_embedder(self, prompts: list[str]) -> "EmbeddedPrompts":
         method = getattr(self.embedder, "embed", self.embedder)
-        found = method(prompts)
+        try:
+            found = method(prompts)
+        except (ValueError, OSError, ImportError):
+            raise
+        except Exception as error:  # somebody else's code
+            raise ValueError(f"the embedder failed: {type(error).__name__}: {error}") from error
         values, truncated = (found.values, found.truncated) if isinstance(found, Embedded) else (found, None)
         return EmbeddedPrompts(prompts, _checked(values, prompts), truncated)
 
@@ -218,7 +229,7 @@ class DistributionMatching:
         p, labels = matching.fit.p_desirable, matching.labels
         ratio, weighed = matching_ratio(torch.from_numpy(p), torch.from_numpy(labels), self.target)
         return MatchingReport(
-            udm=UdmReport(matching.fit.diagnostics, summary),
+            udm=UdmReport(matching.fit.diagnostics, summary, _WEIGHED[self.target]),
             settings={
                 "min_density_ratio": self.min_density_ratio,
                 "max_density_ratio": self.max_density_ratio,
@@ -267,7 +278,11 @@ def _check_bounds(least: float, most: float) -> None:
 
 
 def _checked(values: Any, prompts: Sequence[str]) -> NDArray[np.floating[Any]]:
-    found = np.asarray(values.detach().float().cpu() if isinstance(values, torch.Tensor) else values)
+    try:
+        found = np.asarray(values.detach().float().cpu() if isinstance(values, torch.Tensor) else values)
+        found = found if found.dtype.kind == "f" else found.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the embedder returned no numbers [prompts, dim]: {error}") from error
     if found.ndim != 2 or len(found) != len(prompts) or not found.shape[1]:
         raise ValueError(
             f"the embedder returned the shape {list(found.shape)} for {len(prompts)} prompts; it must return one "
@@ -278,7 +293,9 @@ def _checked(values: Any, prompts: Sequence[str]) -> NDArray[np.floating[Any]]:
         raise ValueError(
             f"the embedder returned a value that is not finite for {prompts[int(np.argmin(finite))][:80]!r}"
         )
-    return found
+    largest = float(np.abs(found).max())
+    # The classifier squares them; where that would leave the range of numbers, their common scale goes.
+    return found / largest if largest and not 1e-15 < largest < 1e15 else found
 
 
 def _fit(cache: ArtifactCache, embeddings: Any, labels: Any, groups: Any, **options: Any) -> UdmFit:

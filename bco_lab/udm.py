@@ -22,6 +22,8 @@ from bco_lab.density_ratio import WeightSummary, summarize_weights
 from bco_lab.embedding import Embedder, EmbeddingFunction, embed_prompts, raw_prompt_text
 from bco_lab.prompt_classifier import Bools, UdmDiagnostics, UdmFit, fit_density_ratio
 
+_CANNOT_SAY = 0.65  # an interval from chance to here or beyond leaves open whether there is anything to match
+
 
 @dataclass(frozen=True)
 class UdmReport:
@@ -29,11 +31,13 @@ class UdmReport:
 
     Attributes:
         diagnostics: Of the classifier.
-        weights: Of the undesirable training rows, under the bounds asked for.
+        weights: Of the training rows that are weighed, under the bounds asked for.
+        weighed: Which these are: "undesirable" rows unless another target was asked for.
     """
 
     diagnostics: UdmDiagnostics
     weights: WeightSummary
+    weighed: str = "undesirable rows"
 
     @property
     def recommendation(self) -> str:
@@ -42,13 +46,18 @@ class UdmReport:
         if found.auc is None or found.auc_low is None or found.auc_high is None:
             return f"UDM is not indicated because it does nothing here, all weights are equal: {found.reason}."
         how_far = f"held-out AUC {found.auc:.2f}, 95% interval {found.auc_low:.2f} to {found.auc_high:.2f}"
+        if found.auc_low <= 0.5 and found.auc_high > _CANNOT_SAY:
+            return (
+                f"UDM is not indicated because {found.prompts:,} prompts are too few to say whether those of both "
+                f"classes differ ({how_far})."
+            )
         if found.auc_low <= 0.5:
             return f"UDM is not indicated because the prompts of both classes cannot be told apart ({how_far})."
         share = self.weights.effective_sample_size / self.weights.rows
         at_bound = self.weights.share_below_min
         return (
             f"UDM is indicated because desirable and undesirable rows come from different prompts ({how_far}). "
-            f"The weighted undesirable rows are worth {share:.0%} of their number."
+            f"The weighted {self.weighed} are worth {share:.0%} of their number."
         ) + (
             f" The lower bound raises the weight of {at_bound:.0%} of them, which keeps most of the difference: lower "
             "min_density_ratio."

@@ -181,6 +181,7 @@ def test_the_report_counts_every_row(tmp_path, data) -> None:
 @pytest.mark.parametrize(
     ("result", "message"),
     [
+        ([["a", "b"]] * 70, r"the embedder returned no numbers \[prompts, dim\]"),
         (np.zeros(3), r"the embedder returned the shape \[3\] for 70 prompts"),
         (np.zeros((3, 2)), r"the embedder returned the shape \[3, 2\] for 70 prompts"),
         (np.full((70, 2), np.nan), r"the embedder returned a value that is not finite for 'down 0'"),
@@ -194,6 +195,23 @@ def test_embeddings_that_are_none_are_refused_and_not_kept(tmp_path, data, resul
     with pytest.raises(ValueError, match=message):
         matching(Broken()).weigh(data, ArtifactCache(tmp_path))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e160])
+def test_the_scale_of_embeddings_does_not_matter(tmp_path, data, scale) -> None:
+    plain, _ = matching(Directions()).weigh(data, ArtifactCache(tmp_path))
+    scaled, _ = matching(lambda prompts: Directions()(prompts).astype(np.float64) * scale).weigh(
+        data, ArtifactCache(tmp_path)
+    )
+    assert weights(scaled.train).tolist() == pytest.approx(weights(plain.train).tolist(), rel=1e-4)
+
+
+def test_an_embedder_that_fails_is_named(tmp_path, data) -> None:
+    def broken(prompts: list[str]) -> np.ndarray:
+        raise RuntimeError("no server")
+
+    with pytest.raises(ValueError, match=r"^the embedder failed: RuntimeError: no server$"):
+        matching(broken).weigh(data, ArtifactCache(tmp_path))
 
 
 def test_weights_of_the_log_are_not_overwritten(tmp_path, data) -> None:
@@ -210,7 +228,10 @@ def test_weights_of_the_log_are_not_overwritten(tmp_path, data) -> None:
         ({"min_density_ratio": 0}, r"min_density_ratio=0 must be in \(0"),
         ({"max_density_ratio": "many"}, r"max_density_ratio=many must be a number"),
         ({"target": "up"}, r"target=up must be one of desirable, undesirable, mixture"),
-        ({"prompt_sample_size": 1}, r"prompt_sample_size=1 must be >= 2"),
+        ({"prompt_sample_size": 1}, r"prompt_sample_size=1 must be a whole number >= 2"),
+        ({"prompt_sample_size": 2.5}, r"prompt_sample_size=2.5 must be a whole number >= 2"),
+        ({"seed": -1}, r"seed=-1 must be a whole number >= 0"),
+        ({"normalize": "no"}, r"normalize=no must be true or false"),
         ({"embedder": {"name": 1}}, r"embedder=.* must be callable"),
     ],
 )

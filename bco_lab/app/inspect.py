@@ -16,6 +16,7 @@ from bco_lab.app.pipeline import log_to, read_data
 from bco_lab.cache import ArtifactCache
 from bco_lab.config import BCOConfig
 from bco_lab.data.sources import FeedbackData
+from bco_lab.data.weights import PROBABILITY, WEIGHT
 from bco_lab.files import write_json, write_text
 from bco_lab.inspection import inspect_rows
 from bco_lab.matching import DistributionMatching
@@ -56,7 +57,13 @@ def whole(data: FeedbackData) -> FeedbackData:
     """All rows as one set, without the copies that balancing added."""
     copies = data.report.oversampled if data.report is not None else 0
     train = data.train.select(range(len(data.train) - copies))
-    return replace(data, train=train if data.eval is None else concatenate_datasets([train, data.eval]), eval=None)
+    if data.eval is None:
+        return replace(data, train=train)
+    ids = data.eval["example_id"][:]
+    if data.split_by == "file":  # each file numbers its own rows
+        ids = [1 + max(train["example_id"]) + each for each in ids]
+    held_out = data.eval.remove_columns("example_id").add_column("example_id", ids)
+    return replace(data, train=concatenate_datasets([train, held_out]), eval=None)
 
 
 def measure(
@@ -65,9 +72,12 @@ def measure(
     """Everything the page says."""
     tokenizer = source.load_tokenizer()
     matching = build(cfg, "udm")
-    found, embedded = (
-        matching.match(data, ArtifactCache()) if isinstance(matching, DistributionMatching) else (None, None)
-    )
+    found, embedded = None, None
+    if isinstance(matching, DistributionMatching):
+        own = [column for column in (WEIGHT, PROBABILITY) if column in data.train.column_names]
+        if own:
+            logger.info("What UDM would do is shown as if the log had no %s", " and no ".join(own))
+        found, embedded = matching.match(replace(data, train=data.train.remove_columns(own)), ArtifactCache())
     inspection = inspect_rows(
         data.train,
         tokenizer,

@@ -1,7 +1,6 @@
 """The steps that all sources share: check rows, count what they hold, split them, make a data set of them."""
 
 import json
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from bco_lab.data.splits import can_split, group_split, oversample, permute_labe
 
 COLUMNS = ("prompt", "completion", "label")
 OPTIONAL_COLUMNS = ("example_weight", "p_desirable")  # numbers that a log may bring: see bco_lab.data.weights
+LARGEST_WEIGHT = 1e6  # beyond it one row is all there is, and float32 is not far
 _NOTES = ("source", "id", "timestamp", "origin")  # texts, kept where a row has them
 
 Text = str | list[dict[str, str]]
@@ -232,18 +232,12 @@ def _only_role_and_content(text: Any) -> Text:
 
 
 def _check_number(value: Any, ours: str, column: str) -> float:
-    largest = 1.0 if ours == "p_desirable" else math.inf
+    largest = 1.0 if ours == "p_desirable" else LARGEST_WEIGHT
     try:
         # CSV has nothing but text
         number = float(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
     except (ValueError, OverflowError):
         number = None
-    if (
-        isinstance(number, bool)
-        or not isinstance(number, int | float)
-        or not 0 <= number <= largest
-        or number == math.inf
-    ):
-        rule = f"must be a number in [0, {'1]' if largest == 1 else 'infinity)'}"
-        raise RecordError(column, f"{ours}={value!r} {rule}")
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= largest:
+        raise RecordError(column, f"{ours}={value!r} must be a number in [0, {largest:g}]")
     return float(number)

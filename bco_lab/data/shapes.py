@@ -34,6 +34,8 @@ class Unpaired(FeedbackSource):
         if self.columns is not None and not isinstance(self.columns, Mapping):
             raise ValueError(f"columns={self.columns} must be a map, such as {{prompt: question}}")
         _check_columns(self.columns or {}, (*COLUMNS, *OPTIONAL_COLUMNS, *NOTES))
+        if set(OPTIONAL_COLUMNS) <= set(self.columns or {}):
+            raise ValueError(f"columns has {' and '.join(OPTIONAL_COLUMNS)}: a row has one weight, name one of them")
         check_label_map(self.label_map)
 
     @property

@@ -184,7 +184,7 @@ class FeedbackSource(ABC):
         train = self._sample(rows)
         if self._has_own_eval:
             eval_files, records = self._records(self.eval_path, self.eval_split or "")
-            read = self._rows(records, counts, ", ".join(eval_files))
+            read = self._rows(records, counts, ", ".join(eval_files), like=rows[0])
             _check_disjoint(rows, read)
             everything = [*rows, *read]
             held_out, split_by = self._sample(read), "file"
@@ -245,7 +245,10 @@ class FeedbackSource(ABC):
         first = Path(files[0]).name.split(".")[0]
         return first if len(files) == 1 else f"{first} and {len(files) - 1} more"
 
-    def _rows(self, records: Iterator[tuple[int, Place, Record]], counts: _Counts, name: str) -> list[Row]:
+    def _rows(
+        self, records: Iterator[tuple[int, Place, Record]], counts: _Counts, name: str, like: Row | None = None
+    ) -> list[Row]:
+        """Rows of the records, all of the kind of the first one, or of another row."""
         rows: list[Row] = []
         written: list[Any] = []
         for number, place, record in tqdm(records, desc="Reading rows", unit="row", leave=False, delay=2):
@@ -253,7 +256,8 @@ class FeedbackSource(ABC):
             try:
                 found, labels = self._rows_of(record, number, str(place), counts)
                 for row in found:
-                    check_same_kind(row, rows[0] if rows else found[0], column=self.names.get("prompt", "prompt"))
+                    first = like or (rows[0] if rows else found[0])
+                    check_same_kind(row, first, column=self.names.get("prompt", "prompt"))
             except RecordError as error:
                 self._reject(error, place, record, counts)
                 continue
@@ -322,7 +326,9 @@ def _why_none(counts: _Counts) -> str:
     reasons = [f"{number} records: {reason}" for reason, number in counts.left_out.items()]
     if counts.rejected:
         first = counts.rejected[0]
-        reasons.append(f"{len(counts.rejected)} rejected, the first because of {first['column']}: {first['rule']}")
+        place = next(f"{unit} {first[unit]}" for unit in ("line", "row") if unit in first)
+        column = "" if first["column"] is None else f", column {first['column']!r}"
+        reasons.append(f"{len(counts.rejected)} rejected, the first: {first['file']}, {place}{column}: {first['rule']}")
     return f" that can be used ({'; '.join(reasons)})" if reasons else ""
 
 

@@ -15,7 +15,7 @@ from datasets import load_dataset, load_from_disk
 
 from bco_lab.data.feedback import RecordError
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSED = (".gz", ".bz2", ".xz")
 _JSON = (".json", ".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KINDS = (*_JSON, *_SEPARATORS, ".parquet", ".arrow")
@@ -116,7 +116,7 @@ def _check_file(file: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     if _kind(file) not in _KINDS:
-        raise ValueError(f"{file}: files end in {', '.join(_KINDS)}; JSON also in .gz, .bz2, .xz or .zst")
+        raise ValueError(f"{file}: files end in {', '.join(_KINDS)}; JSON also in .gz, .bz2 or .xz")
 
 
 def _kind(file: str) -> str:
@@ -160,20 +160,19 @@ def _read_csv(file: str) -> Iterator[tuple[int, Place, Record]]:
     csv.field_size_limit(_LONGEST_CELL)
     with Path(file).open(encoding="utf-8-sig", newline="") as stream:
         lines = csv.reader(stream, delimiter=_SEPARATORS[_kind(file)], strict=True)
-        header = next(lines, [])
-        repeated = [name for name in header if header.count(name) > 1]
+        rows = _cells(lines)
+        header = next(rows, [])
+        repeated = [name for name in header if name and header.count(name) > 1]
         if repeated:
             raise ValueError(f"the column {repeated[0]!r} is there twice")
-        for index, row in enumerate(_cells(lines)):
+        for index, row in enumerate(rows):
             place = Place(file, index + 1)
             if len(row) != len(header):
-                yield index, place, RecordError(None, f"has {len(row)} cells, the header has {len(header)}")
+                problem = f"the row has {len(row)} cells where the header has {len(header)}"
+                yield index, place, RecordError(None, problem)
                 continue
-            yield (
-                index,
-                place,
-                {name: _messages_or_text(cell) if cell else None for name, cell in zip(header, row, strict=True)},
-            )
+            named = ((name, cell) for name, cell in zip(header, row, strict=True) if name)  # spreadsheets append others
+            yield index, place, {name: _messages_or_text(cell) if cell else None for name, cell in named}
 
 
 def _cells(lines: Any) -> Iterator[list[str]]:
@@ -185,7 +184,7 @@ def _cells(lines: Any) -> Iterator[list[str]]:
             raise ValueError(f"line {lines.line_num}: {error}") from None
         if row is None:
             return
-        if row:
+        if any(cell.strip() for cell in row):
             yield row
 
 

@@ -173,5 +173,6 @@ def _by_id(files: Files | None) -> dict[str, Mapping[str, Any]]:
             raise ValueError(f"{place}: {record}")
         if not record.get("id"):
             raise ValueError(f"{place}: no column 'id'; the row has: {', '.join(map(str, record))}")
-        found[str(record["id"])] = record
+        if found.setdefault(str(record["id"]), record) != record:
+            raise ValueError(f"{place}: the id {record['id']!r} is there twice, with other content")
     return found

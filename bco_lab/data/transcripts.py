@@ -40,7 +40,10 @@ def _turns(prompt: str) -> list[dict[str, str]]:
     transcript = len(parts) > 3 and not parts[0].strip() and parts[1] == HUMAN and parts[-2] == ASSISTANT
     if transcript and not parts[-1].strip():
         pairs = zip(parts[1:-2:2], parts[2:-2:2], strict=True)
-        return [{"role": _ROLES[mark], "content": text.strip()} for mark, text in pairs]
+        turns = [{"role": _ROLES[mark], "content": text.strip()} for mark, text in pairs]
+        if all(turn["content"] for turn in turns):
+            return turns
+        raise RecordError("prompt", "a turn of the transcript has no text")
     if not prompt.strip():
         raise RecordError("prompt", "a message of the user needs text, the prompt has none")
     return [{"role": "user", "content": prompt}]

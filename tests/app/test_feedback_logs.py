@@ -324,6 +324,19 @@ def test_inspect_can_leave_matching_out_and_explains_itself(bco_lab: Any, enviro
     assert (several.status, several.error) == (2, "bco-lab: error: inspect looks at one data set: leave out -m")
 
 
+def test_inspect_takes_a_second_file_too(bco_lab: Any, environment: Path) -> None:
+    for name, start in (("train", 0), ("test", 50)):
+        rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i % 2, "p": 0.5} for i in range(start, start + 20)]
+        write_log(environment / f"{name}.jsonl", rows)
+    files = ["dataset=unpaired", "dataset.path=train.jsonl", "dataset.eval_path=test.jsonl"]
+    own = "+dataset.columns.p_desirable=p"
+    ended = bco_lab("inspect", "model=tiny_llama", *files, own, "hydra.run.dir=seen")
+    assert ended.status == 0, ended.err
+    assert "as if the log had no p_desirable" in ended.err
+    counts = json.loads((environment / "seen" / "inspect.json").read_text())["counts"]
+    assert (counts["rows"], counts["prompts"], counts["held_out"]) == (40, 40, 20)
+
+
 def test_inspect_looks_at_rows_that_are_too_few_to_train_on(bco_lab: Any, environment: Path) -> None:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i} for i in range(2)]
     log = write_log(environment / "log.jsonl", rows)

@@ -53,6 +53,7 @@ def test_a_path_into_null_is_null_and_one_into_nothing_an_error() -> None:
             {"columns": {"rating": "label"}},
             "columns has 'rating'; its keys are prompt, completion, label, example_weig",
         ),
+        ({"columns": {"example_weight": "w", "p_desirable": "p"}}, "columns has example_weight and p_desirable: a row"),
         ({"columns": {"label": 3}}, r"columns\.label=3 must be the name of a column"),
         ({"columns": "label"}, r"columns=label must be a map, such as \{prompt: question\}"),
         ({"label_map": {"up": "yes"}}, r"label_map\.up=yes must be true or false"),

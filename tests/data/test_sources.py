@@ -95,6 +95,14 @@ def test_a_second_file_is_the_evaluation(tmp_path) -> None:
         load(path=path, eval_path=str(tmp_path / "none.jsonl"))
 
 
+def test_a_second_file_must_be_of_the_same_kind(tmp_path) -> None:
+    path = write(tmp_path / "log.jsonl", [record(i) for i in range(6)])
+    said = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
+    other = write(tmp_path / "eval.jsonl", [said | {"label": i} for i in range(2)])
+    with pytest.raises(ValueError, match=r"eval.jsonl, line 1, column 'prompt': a list of messages, but .*log"):
+        load(path=path, eval_path=other)
+
+
 def test_max_rows_samples_both_classes_and_keeps_the_order(tmp_path) -> None:
     path = write(tmp_path / "log.jsonl", [record(i, label=i < 90) for i in range(100)])
     data = load(path=path, max_rows=10, eval_fraction=0)
@@ -204,7 +212,7 @@ def test_bad_rows_can_be_skipped(tmp_path) -> None:
     assert data.rejected[0]["file"] == str(path)
     assert data.rejected[0]["rule"].startswith("label 'meh' is none of")
     write(path, bad)
-    with pytest.raises(ValueError, match=r"no rows that can be used \(2 rejected, the first because of label: label"):
+    with pytest.raises(ValueError, match=r"can be used \(2 rejected, the first: .*log.jsonl, line 1, column 'label'"):
         load(path=str(path), on_error="skip")
 
 

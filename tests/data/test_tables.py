@@ -46,10 +46,13 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path) -> None:
 
 
 def test_rows_of_another_width_are_errors_of_their_own(tmp_path) -> None:
-    (tmp_path / "a.csv").write_text("a,b\n1,2\n1,2,3\n\n1\n4,5\n")
+    (tmp_path / "a.csv").write_text(" \na,b,,\n1,2,,\n1,2,,,3\n\n1\n , \n4,5,,\n")
     found = records(tmp_path / "a.csv")
     assert [found[0], found[3]] == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
-    assert [str(each) for each in found[1:3]] == ["has 3 cells, the header has 2", "has 1 cells, the header has 2"]
+    assert [str(each) for each in found[1:3]] == [
+        "the row has 5 cells where the header has 4",
+        "the row has 1 cells where the header has 4",
+    ]
 
 
 def test_messages_in_a_cell_of_csv_are_messages(tmp_path) -> None:

@@ -125,6 +125,11 @@ def test_langfuse_says_what_it_cannot_join_or_read(tmp_path) -> None:
         Langfuse(**wanted, traces=5)
     with pytest.raises(ValueError, match=r"^prompt=5 must be a name or null$"):
         Langfuse(**wanted, traces="t.json", prompt=5)
+    (tmp_path / "twice.jsonl").write_text(
+        '{"id": "t", "input": "q"}\n{"id": "t", "input": "q"}\n{"id": "t", "input": "x"}'
+    )
+    with pytest.raises(ValueError, match=r"twice.jsonl, line 3: the id 't' is there twice, with other content$"):
+        Langfuse(**wanted, traces=str(tmp_path / "twice.jsonl")).load()
     (tmp_path / "nameless.jsonl").write_text('{"input": "q"}')
     with pytest.raises(ValueError, match=r"nameless.jsonl, line 1: no column 'id'; the row has: input$"):
         Langfuse(**wanted, traces=str(tmp_path / "nameless.jsonl")).load()

@@ -48,3 +48,5 @@ def test_the_system_message_stands_in_front_once() -> None:
 def test_an_empty_prompt_is_no_message() -> None:
     with pytest.raises(RecordError, match=r"^column 'prompt': a message of the user needs text"):
         chat("  ")
+    with pytest.raises(RecordError, match=r"^column 'prompt': a turn of the transcript has no text$"):
+        chat("\n\nHuman: \n\nAssistant:")
